@@ -1,0 +1,28 @@
+"""Is the knowledge gone, or has only its format shifted? Restoring, decomposition, timeline (paper 2).
+
+The names are imported on first use: ``decompose`` needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Decomposition": "decomposition",
+    "Interval": "bootstrap",
+    "decompose": "decomposition",
+    "decompose_benchmarks": "decomposition",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
