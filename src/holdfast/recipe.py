@@ -1,0 +1,405 @@
+"""Recipes: strict YAML <-> frozen models, with ``key=value`` overrides and "did you mean" for every slip.
+
+A recipe names a model, a stream of tasks, a panel of general abilities and the arms to compare::
+
+    model: lab
+    tasks: [{source: "lab:math"}, {source: "lab:law"}]
+    panel: lab
+    arms:
+      sequential: []
+      sfa: [{sfa: {p: 0.25}}]
+      joint: joint
+    seeds: [0]
+    training: {learning_rate: 1.0e-3, num_train_epochs: 3}
+
+``training`` takes the keys of TRL's ``SFTConfig`` (hence of ``TrainingArguments``) and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.errors import UserError, did_you_mean
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"  # names become folder names, table rows and YAML keys
+RESERVED_TRAINING = {
+    "output_dir": "give --out on the command line",
+    "seed": "use the recipe's `seeds`",
+    "data_seed": "use the recipe's `seeds`",
+    "deepspeed": "methods need the gradients and weights of a step; use DDP or FSDP2",
+    "eval_dataset": "checkpoints are measured on the tasks and the panel",
+}
+
+
+class Strict(BaseModel):
+    """Base of all recipe models: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvalSpec(Strict):
+    """How one set of questions is read and scored.
+
+    With ``choices`` the likeliest choice is compared with the answer; with ``metric: perplexity`` plain text is scored;
+    otherwise the greedy completion must equal the answer (``exact_match``), both after ``extract``.
+    """
+
+    name: str = Field(default="", pattern=NAME + "|^$")
+    source: str | None = None  # "lab:math", or a hub data set id holding both splits
+    test: str | None = None  # file, folder or hub data set id
+    test_split: str | None = None
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+    prompt: str | None = None  # template over the file's columns, e.g. "Question: {question}\nAnswer:"
+    completion: str | None = None
+    choices: str | list[str] | None = None  # fixed choices, or the column that holds each row's
+    choice: str = " {choice}"  # template of one choice's text after the prompt
+    answer: str | None = None  # column with the right choice (index or text); default "answer"
+    metric: Literal["acc", "acc_norm", "exact_match", "perplexity"] | None = None
+    extract: str | None = None  # regular expression; group 1 of its last match is compared
+    stop: list[str] = ["\n"]
+    max_new_tokens: int = Field(default=64, ge=1)
+    test_limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_source(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"source": value}
+        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("source"), str):
+            return {**value, "name": re.sub(r"[^A-Za-z0-9_.+-]", "-", value["source"].removeprefix("lab:"))}
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_test(self) -> EvalSpec:
+        if not self.name:
+            raise ValueError("a task needs a `name`")
+        if self.source is None and self.test is None:
+            raise ValueError("give `source` (for example lab:math) or `test` (a file, folder or hub data set)")
+        if self.extract is not None:
+            try:
+                pattern = re.compile(self.extract)
+            except re.error as error:
+                raise ValueError(f"`extract` is not a regular expression: {error}") from None
+            if pattern.groups < 1:
+                raise ValueError("`extract` needs one group, for example '#### (-?[0-9.]+)'")
+        return self
+
+
+class TaskSpec(EvalSpec):
+    """One task of the stream: what it trains on, and how it is scored."""
+
+    train: str | None = None
+    train_split: str | None = None
+    train_limit: int | None = Field(default=None, ge=1)
+    training: dict[str, Any] = {}  # overrides of the recipe's training, for this task
+
+    @model_validator(mode="after")
+    def _has_training_data(self) -> TaskSpec:
+        if self.source is None and self.train is None:
+            raise ValueError("give `train` (a file, folder or hub data set), or `source`")
+        return self
+
+
+def _method_entry(value: Any) -> Any:
+    """``sam`` and ``{sam: {rho: 0.05}}`` -> {"sam": {…}}."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, settings),) = value.items()
+        if settings is None:
+            return {name: {}}
+        if isinstance(settings, dict):
+            return value
+    raise ValueError("a method is written `sam` or `{sam: {rho: 0.05}}`")
+
+
+MethodEntry = Annotated[dict[str, dict[str, Any]], BeforeValidator(_method_entry)]
+WAYS = ("sequential", "joint", "independent")
+
+
+class MergeSpec(Strict):
+    """How the models of an ``independent`` arm become one; settings go to the merge method."""
+
+    method: str = "task_arithmetic"
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"method": value}
+        if isinstance(value, dict) and "settings" not in value:
+            return {
+                "method": value.get("method", "task_arithmetic"),
+                "settings": {k: v for k, v in value.items() if k != "method"},
+            }
+        return value
+
+
+class ArmSpec(Strict):
+    """One way to train through the stream: a list of methods, `joint`, or `independent` with a merge."""
+
+    train: Literal["sequential", "joint", "independent"] = "sequential"
+    methods: list[MethodEntry] = []
+    from_task: int = Field(default=2, ge=1)  # the methods act from this task on; 2 as in the papers
+    merge: MergeSpec | None = None
+    training: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        if isinstance(value, list):
+            return {"methods": value}
+        if isinstance(value, str):
+            return {"train": value} if value in WAYS else {"methods": [value]}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ArmSpec:
+        if self.merge is not None and self.train != "independent":
+            raise ValueError("`merge` needs `train: independent`")
+        if self.train == "joint" and self.methods and self.from_task > 1:
+            raise ValueError("a joint arm has one training, which is task 1: add `from_task: 1` to use methods in it")
+        return self
+
+
+class PanelSpec(Strict):
+    """The general abilities measured at every checkpoint: a named panel and/or tasks of your own."""
+
+    name: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    local_data: str | None = None
+    tasks: list[EvalSpec] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, list):
+            return {"tasks": value}
+        return value
+
+
+class Recipe(Strict):
+    """A study: arms × seeds on one stream of tasks."""
+
+    name: str = Field(default="study", pattern=NAME)
+    model: str
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    lora: dict[str, Any] | None = None
+    data_dir: str | None = None  # relative paths of tasks and panel start here; default: the current folder
+    tasks: list[TaskSpec] = Field(min_length=1)
+    panel: PanelSpec | None = None
+    arms: dict[Annotated[str, Field(pattern=NAME)], ArmSpec] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    training: dict[str, Any] = {}
+    batch_tokens: int | None = Field(default=None, ge=1)  # tokens per evaluation batch; default: chosen by the engine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for what, names in (
+            ("tasks", [t.name for t in self.tasks]),
+            ("panel.tasks", [t.name for t in self.panel.tasks] if self.panel else []),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{what}: the name '{name}' is used twice")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is listed twice")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What a run directory belongs to; arms, seeds, panel and bookkeeping may grow without changing it."""
+        return self.model_dump(include={"model", "dtype", "lora", "tasks", "training"}, mode="json")
+
+
+# ---------------------------------------------------------------- loading
+
+
+def recipe_folder() -> Path:
+    """The recipes that come with holdfast: inside the package, or beside ``src`` in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with holdfast."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe: a built-in name, a YAML file, or a mapping; ``overrides`` are ``key=value`` texts.
+
+    Raises UserError that names the file and key, what was expected, and the nearest valid name.
+    """
+    if isinstance(source, Mapping):
+        data, where = dict(source), "recipe"
+    else:
+        path = _find(source)
+        data, where = _read_yaml(path), str(path)
+        data.setdefault("name", path.stem)
+    for text in overrides:
+        _override(data, text)
+    return _validate(data, where)
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    builtin = builtin_recipes()
+    if str(source) in builtin:
+        return builtin[str(source)]
+    hint = "" if path.suffix in {".yaml", ".yml"} else did_you_mean(str(source), builtin)
+    raise UserError(f"No recipe '{source}': neither a file nor a built-in recipe.{hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML text file: {error}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys (model, tasks, arms, …).")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Apply one ``a.b.c=value``; list items are named by index or by their ``name``; values are YAML."""
+    key, separator, raw = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{text}': an override is written key=value, for example training.learning_rate=1e-4.")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise UserError(f"'{text}': the value is not valid YAML.") from None
+    parts = key.split(".")
+    node: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            index = _list_index(node, part, ".".join(parts[:depth]))
+            if last:
+                node[index] = value
+            node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            elif not isinstance(node.get(part), dict | list):
+                node[part] = _expand(part, node.get(part))
+            node = node[part]
+        else:
+            raise UserError(f"'{text}': '{'.'.join(parts[:depth])}' is a single value and has no '{part}'.")
+
+
+def _expand(key: str, value: Any) -> dict[str, Any]:
+    """A mapping to descend into where the recipe used a short form or nothing: ``panel: lab`` -> {name: lab}."""
+    if key == "panel" and isinstance(value, str):
+        return {"name": value}
+    return {}
+
+
+def _list_index(node: list[Any], part: str, where: str) -> int:
+    if part.isdigit():
+        if int(part) < len(node):
+            return int(part)
+        raise UserError(f"'{where}' has {len(node)} entries; there is no {where}.{part}.")
+    names = [_entry_name(entry) for entry in node]
+    if part in names:
+        index = names.index(part)
+        if isinstance(node[index], str):
+            node[index] = {"source": node[index]}
+        return index
+    raise UserError(f"'{where}' has no entry '{part}'.{did_you_mean(part, filter(None, names))}")
+
+
+def _entry_name(entry: Any) -> str:
+    if isinstance(entry, str):
+        return entry.removeprefix("lab:")
+    return entry.get("name") or str(entry.get("source", "")).removeprefix("lab:")
+
+
+def _validate(data: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from None
+    _check_training(recipe, where)
+    _check_methods(recipe, where)
+    return recipe
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """The first problem in plain words, with its key; the number of further ones."""
+    problems = error.errors()
+    # an unknown key explains the missing ones beside it: show it first
+    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(first["loc"][:-1])
+        return f"{where}: unknown key '{key}'.{did_you_mean(str(first['loc'][-1]), fields)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: '{key}' is missing.{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = f", got {first['input']!r}" if isinstance(first["input"], str | int | float | bool) else ""
+    return f"{where}: {key}: {message}{got}.{more}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The valid keys of the recipe part at a pydantic location."""
+    models: dict[str, type[Strict]] = {"tasks": TaskSpec, "arms": ArmSpec, "panel": PanelSpec, "merge": MergeSpec}
+    named = [str(part) for part in location if str(part) in models]
+    if not named:
+        return list(Recipe.model_fields)
+    if "panel" in named and "tasks" in named:
+        return list(EvalSpec.model_fields)
+    return list(models[named[-1]].model_fields)
+
+
+def _check_training(recipe: Recipe, where: str) -> None:
+    """Every training key is a field of SFTConfig, and none that the study sets itself."""
+    places = [("training", recipe.training)]
+    places += [(f"tasks.{task.name}.training", task.training) for task in recipe.tasks]
+    places += [(f"arms.{name}.training", arm.training) for name, arm in recipe.arms.items()]
+    if not any(settings for _, settings in places):
+        return
+    import dataclasses
+
+    from trl import SFTConfig
+
+    valid = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for place, settings in places:
+        for key in settings:
+            if key in RESERVED_TRAINING:
+                raise UserError(f"{where}: '{place}.{key}' can't be set in a recipe: {RESERVED_TRAINING[key]}.")
+            if key not in valid:
+                raise UserError(
+                    f"{where}: unknown key '{place}.{key}': not a setting of TRL's SFTConfig.{did_you_mean(key, valid)}"
+                )
+
+
+def _check_methods(recipe: Recipe, where: str) -> None:
+    """Build every method once, so that unknown names and values outside their range are found before any work."""
+    from holdfast.method import from_spec
+
+    for arm_name, arm in recipe.arms.items():
+        for entry in arm.methods:
+            ((name, settings),) = entry.items()
+            try:
+                from_spec(name, settings)
+            except UserError as error:
+                raise UserError(f"{where}: arms.{arm_name}: {error}") from None
