@@ -1,0 +1,343 @@
+"""Methods inside any Hugging Face ``Trainer``: the only host, and the only module that knows the Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from holdfast import run_state, tensors
+from holdfast.anchor import Anchor, Folder, Snapshot, aliases
+from holdfast.errors import UserError
+from holdfast.method import (
+    Context,
+    Memory,
+    Method,
+    apply_checkpoint,
+    apply_data,
+    compose_gradient,
+    with_seam,
+)
+from holdfast.unsupported import refuse_unsupported
+from holdfast.window import Window, counters, drop_gradients, restore_counters, rng_state, set_rng_state
+
+T = TypeVar("T", bound=type)
+
+
+@functools.cache
+def with_methods(trainer_class: T) -> T:
+    """A subclass of a Trainer class that also takes ``methods=[…]``.
+
+    ``with_methods(SFTTrainer)(model=…, args=…, train_dataset=…, methods=[SAM(rho=0.05), SFA(p=0.25)])`` works as the
+    class it came from: optimizer, scheduler, clipping, logging and checkpoints stay the Trainer's own. Further
+    arguments: ``memory`` (past tasks' training sets by name, oldest first), ``anchor`` (a checkpoint folder to use as
+    θ₀ instead of the weights when training starts), ``base`` (the checkpoint at the start of the stream of tasks).
+    With no methods the numbers are those of the class it came from. UserError for what can't work, at the start.
+    """
+    if issubclass(trainer_class, MethodsMixin):
+        return trainer_class
+    name = f"{trainer_class.__name__}WithMethods"
+    return type(name, (MethodsMixin, trainer_class), {"__doc__": trainer_class.__doc__})  # type: ignore[return-value]
+
+
+class MethodsMixin(Trainer):
+    """What :func:`with_methods` puts in front of a Trainer class."""
+
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method] = (),
+        memory: Mapping[str, Any] | None = None,
+        anchor: str | Path | None = None,
+        base: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.methods = checked(methods)
+        self._anchor_paths = {"task": anchor, "base": base or anchor}
+        self._past_data = dict(memory or {})
+        self._anchors: dict[tuple[str, bool], Anchor] = {}
+        self._window = Window([])
+        self._measured: dict[str, list[float]] = {}
+        self._resumed_from: str | None = None
+        self._gradient: Callable[[], Tensor | None] | None = None
+        self._params: tensors.Params = {}
+        args, kwargs = self._with_mixed_data(super().__init__, args, kwargs)
+        super().__init__(*args, **kwargs)
+        callback = _AtSeams(self._begin_methods, self._edit_weights, self._end_methods)
+        self.callback_handler.callbacks.insert(0, callback)
+
+    def _with_mixed_data(
+        self, init: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The data seam, before the Trainer (TRL) tokenizes its training set."""
+        if not with_seam(self.methods, "data"):
+            return args, kwargs
+        bound = inspect.signature(init).bind(*args, **kwargs)
+        where = bound.arguments if "train_dataset" in bound.arguments else bound.arguments.get("kwargs", kwargs)
+        train_dataset = where.get("train_dataset")
+        if train_dataset is None:
+            raise UserError("Methods that edit the data need train_dataset when the trainer is made.")
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        settings: Any = given.get("args")
+        seed = 0
+        if settings is not None:
+            seed = settings.seed if settings.data_seed is None else settings.data_seed
+        memory = Memory(
+            self._past_data,
+            seed=seed,
+            model=self._anchor_paths["base"] or given.get("model"),
+            tokenizer=given.get("processing_class"),
+            cache=Path(settings.output_dir) / "holdfast" if settings is not None else None,
+        )
+        where["train_dataset"] = apply_data(self.methods, train_dataset, memory)
+        return bound.args, bound.kwargs
+
+    # ---- start and end of training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        refuse_unsupported(self, self.methods)
+        self._resumed_from = None
+        if resume_from_checkpoint:
+            folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            self._resumed_from = folder if resume_from_checkpoint is True else str(resume_from_checkpoint)
+        self._anchors.clear()
+        self._measured.clear()
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._keep_result()
+        return result
+
+    def _begin_methods(self) -> None:
+        """Bind the methods to the weights and the optimizer, which are in place (and sharded) now."""
+        if not self.methods:
+            return
+        assert self.model is not None
+        self._params = tensors.trainable(self.model)
+        if not self._params:
+            raise UserError("The model has no trainable parameters.")
+        resumed = None if self._resumed_from is None else Path(self._resumed_from)
+        if resumed is not None:
+            self._anchors |= run_state.load_anchors(resumed.parent, self._rank_file(), self._params)
+        if with_seam(self.methods, "checkpoint"):
+            self._anchor("task", False)  # taken now: after training it would be too late
+        for index, method in enumerate(self.methods):
+            method.begin(self._context(f"holdfast/{method.name}", index))
+        if resumed is not None:
+            run_state.load(resumed, self._rank_file(), self.methods, self._params)
+        elif self._saves_state():
+            start = self._anchors.get(("start", True))
+            if isinstance(start, Snapshot) and self._writes():
+                run_state.save_anchor(Path(self.args.output_dir), self._rank_file(), start)
+        self._gradient = None
+        if with_seam(self.methods, "gradient"):
+            self._gradient = compose_gradient(self.methods, self._window_gradient, self._params)
+
+    def _context(self, prefix: str, index: int) -> Context:
+        return Context(
+            params=self._params,
+            model=self.model,
+            total=self.state.max_steps,
+            seed=self.args.seed + 1000 * index,
+            optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
+            find_anchor=self._anchor,
+            log=lambda name, value: self._measured.setdefault(f"{prefix}/{name}", []).append(float(value)),
+            logging_due=self._logging_due,
+        )
+
+    def _anchor(self, which: str, resident: bool) -> Anchor:
+        """θ₀ by name, made once and shared by the methods that ask for it."""
+        path = self._anchor_paths.get(which, which)
+        key = ("start", True) if path is None else (str(path), resident)
+        if key not in self._anchors:
+            if path is None:
+                if self._resumed_from is not None:
+                    raise UserError(
+                        f"The weights that training started from are not beside {self._resumed_from}. "
+                        "Pass anchor=<folder of the starting checkpoint>."
+                    )
+                self._anchors[key] = Snapshot(self._params)
+            else:
+                assert self.model is not None
+                folder = Folder(Path(path), aliases(self.model))
+                if resident:
+                    read = {name: folder.local(name, param) for name, param in self._params.items()}
+                    self._anchors[key] = Snapshot.of(read)
+                else:
+                    self._anchors[key] = folder
+        return self._anchors[key]
+
+    def _end_methods(self) -> None:
+        """Training that was stopped early still gets the last edit of the weights (SFA's and EMA's final average)."""
+        done, total = self.state.global_step, self.state.max_steps
+        if 0 < done < total and not self.args.load_best_model_at_end:
+            self._edit_weights(total=done)
+
+    def _keep_result(self) -> None:
+        """The checkpoint seam, in place, once training is over."""
+        methods = with_seam(self.methods, "checkpoint")
+        if not methods:
+            return
+        anchor = self._anchor("task", False)
+        tensors.make_editable(self.model)
+        with torch.no_grad():
+            tuned = {name: tensors.local(param) for name, param in self._params.items()}
+            start = {name: anchor.local(name, param) for name, param in self._params.items()}
+            kept = apply_checkpoint(methods, tuned, start)
+            for name, part in tuned.items():
+                part.copy_(kept[name])
+
+    # ---- the window and its gradient ----
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._window = Window(batches)
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The window's gradient at its last micro-batch; the micro-batches before it only wait.
+
+        Waiting lets a method move the weights before the first pass, and puts all passes under one set of rules for
+        when ranks exchange gradients.
+        """
+        if self._gradient is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        window = self._window
+        window.seen += 1
+        if not window.complete:
+            return torch.zeros((), device=self.args.device)
+        window.run = functools.partial(self._forward_backward, model, num_items_in_batch)
+        self._gradient()
+        for loss in window.losses[:-1]:
+            if math.isfinite(loss):
+                self._tr_loss += loss
+        return window.losses[-1]
+
+    def _window_gradient(self) -> Tensor:
+        """The innermost ``grad``: all micro-batches of the window; the first call is recorded, others are replays."""
+        window = self._window
+        drop_gradients(self._params)
+        if not window.replayed:
+            losses = [self._first_pass(index) for index in range(len(window.batches))]
+            window.rng.append(rng_state(self.args.device))
+            window.losses = losses
+        else:
+            with self._unrecorded():
+                losses = [self._replay(index) for index in range(len(window.batches))]
+            set_rng_state(window.rng[-1], self.args.device)
+        return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
+
+    def _first_pass(self, index: int) -> Tensor:
+        self._window.rng.append(rng_state(self.args.device))
+        return self._window.run(index)
+
+    def _replay(self, index: int) -> Tensor:
+        set_rng_state(self._window.rng[index], self.args.device)
+        return self._window.run(index)
+
+    def _forward_backward(self, model: nn.Module, num_items: Any, index: int) -> Tensor:
+        last = index == len(self._window.batches) - 1
+        with self._synced(model, last):
+            return super().training_step(model, self._window.batches[index], num_items)
+
+    @contextlib.contextmanager
+    def _synced(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Ranks exchange gradients at the window's last micro-batch only, in every pass, as the Trainer does it."""
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(last)
+        if last or state.plugin_kwargs.get("sync_each_batch", False):
+            waiting: Any = contextlib.nullcontext()
+        elif self._sharded_at_load():
+            waiting = self._defer_fsdp_gradient_reduction()
+        else:
+            waiting = self.accelerator.no_sync(model)
+        with waiting:
+            yield
+        state._set_sync_gradients(True)
+
+    def _sharded_at_load(self) -> bool:
+        return getattr(self, "is_distributed_loading_by_transformers", False) and getattr(
+            self.model, "_is_fsdp_managed_module", False
+        )
+
+    @contextlib.contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        saved = counters(self)
+        try:
+            yield
+        finally:
+            restore_counters(self, saved)
+
+    # ---- weights, logs, checkpoints ----
+
+    def _edit_weights(self, total: int | None = None) -> None:
+        methods = with_seam(self.methods, "weights")
+        if not methods:
+            return
+        tensors.make_editable(self.model)
+        for method in methods:
+            method.weights(self._params, self.state.global_step, total or self.state.max_steps)
+
+    def _logging_due(self) -> bool:
+        """Whether the step under way will be logged: costly measurements are made only then."""
+        step = self.state.global_step + 1
+        every = max(1, int(self.state.logging_steps or 1))
+        return step % every == 0 or (step == 1 and bool(self.args.logging_first_step))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._measured.items():
+                logs[name] = sum(values) / len(values)
+            self._measured.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.methods and self._saves_state():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            run_state.save(folder, self._rank_file(), self.methods, self._writes())
+        super()._save_checkpoint(model, trial)
+
+    def _saves_state(self) -> bool:
+        return self.args.save_strategy != "no" and not self.args.save_only_model
+
+    def _rank_file(self) -> str:
+        """Shards differ between ranks, and each rank keeps its own; replicas are written once."""
+        sharded = any(tensors.as_dtensor(param) is not None for param in self._params.values())
+        return f"rank{self.args.process_index}" if sharded else "rank0"
+
+    def _writes(self) -> bool:
+        return self.args.should_save or self._rank_file() != "rank0"
+
+
+class _AtSeams(TrainerCallback):
+    """Calls the host at the moments that only callbacks get."""
+
+    def __init__(self, begin: Callable[[], None], step: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._step, self._end = begin, step, end
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._step()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._end()
+
+
+def checked(methods: Sequence[Method]) -> list[Method]:
+    """The methods as a list; UserError if one is a class or a name, or if one object is there twice."""
+    found = list(methods)
+    for method in found:
+        if not isinstance(method, Method):
+            raise UserError(f"methods must hold Method objects such as SAM(rho=0.05), got {method!r}.")
+    if len({id(method) for method in found}) < len(found):
+        raise UserError("The same method object is in the list twice; make two objects.")
+    return found

@@ -1,0 +1,120 @@
+"""Tiny random models and data for the laws: made here, in seconds, the same every time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from holdfast import with_methods
+
+VOCAB = 32
+
+
+def tiny_llama(dropout: float = 0.0, tied: bool = False, layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random token rows, some positions unsupervised, so that micro-batches differ in supervised tokens."""
+
+    def __init__(self, count: int = 24, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = []
+        for index in range(count):
+            ids = torch.randint(0, VOCAB, (10,), generator=generator)
+            labels = ids.clone()
+            labels[: 1 + index % 7] = -100
+            self.rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+def train(
+    folder: Path | str,
+    methods: Any = (),
+    *,
+    model: Any = None,
+    trainer_class: type = Trainer,
+    data: Any = None,
+    resume: Any = None,
+    extra: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Train and return the trainer; its ``model`` and ``state.log_history`` are what laws compare."""
+    trainer = with_methods(trainer_class)(
+        model=tiny_llama() if model is None else model,
+        args=arguments(folder, **changes),
+        train_dataset=Rows() if data is None else data,
+        methods=list(methods),
+        **(extra or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    model = trainer.model if hasattr(trainer, "model") else trainer
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in model.named_parameters()
+    }
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    sys.exit("a library for tests")
