@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         examples: Annotated[int, typer.Option(min=0, help="Decoded examples to show for each task.")] = 2,
     ) -> None:
-        """Check a recipe and its data; show examples as the model sees them, each arm's formula and the steps to run."""
+        """Check a recipe and its data; show examples as the model sees them, the formulas and the steps to run."""
         from rich.console import Console
 
         from holdfast.recipe import load_recipe

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.study.results import Results
+from holdfast.results import Results
 
 
 def study_table(study: Results) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.files import write_text
 from holdfast.report.figures import curves, heat_map, loss_curves, pareto
 from holdfast.report.page import STYLE, section, table_html
-from holdfast.study.results import Results
+from holdfast.results import Results
 
 __all__ = ["report_html", "write_report"]
 
@@ -84,7 +84,7 @@ def _lead(results: Results) -> str:
 def _explain_table(results: Results) -> str:
     several = " Ranges are over seeds, not item noise." if len(results.seeds) > 1 else ""
     return (
-        "<p>Scores in percent, perplexities as they are. <b>Forgetting (drop)</b>: score when taught − at the end, mean "
+        "<p>Scores in percent, perplexities as they are. <b>Forgetting (drop)</b>: taught − end, mean "
         "over the tasks before the last. <b>Panel drop</b>: base − end, mean over the panel's accuracies. "
         f"<b>seconds</b>: training and merging, shared steps counted in full.{several}</p>"
     )

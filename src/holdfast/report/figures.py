@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from holdfast.study.results import LOWER_IS_BETTER, Results
+from holdfast.results import LOWER_IS_BETTER, Results
 
 COLORS = ("#0b6e75", "#d1495b", "#edae49", "#30638e", "#8d6a9f", "#5a8f29", "#a0522d", "#667788")
 LAYOUT: dict[str, Any] = {

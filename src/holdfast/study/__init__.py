@@ -13,7 +13,7 @@ import pandas as pd
 from holdfast.errors import UserError
 from holdfast.files import digest, write_json
 from holdfast.recipe import Recipe, load_recipe
-from holdfast.study.results import Results
+from holdfast.results import Results
 
 if TYPE_CHECKING:
     from holdfast.evaluate.tasks import EvalTask

@@ -171,7 +171,7 @@ class _Planner:
     ) -> Step:
         """Training with the methods that need it, then the checkpoint seam where a method has one."""
         acting = tuple(m for m in methods if not checkpoint_only(m))
-        editing = tuple(m for m in methods if "checkpoint" in seams(m))
+        editing = tuple(m for m in methods if checkpoint_only(m))  # the others edit their result while they train
         memory = past if any("data" in seams(m) for m in acting) else []
         training = self._settings(tasks, arm)
         content = {

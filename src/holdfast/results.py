@@ -125,8 +125,8 @@ class Results:
                 continue
             if base["value"] >= 80:
                 found.append(
-                    f"The base model already scores {base['value']:.1f} % on '{name}': little is left to teach, so arms "
-                    "can hardly differ there."
+                    f"The base model already scores {base['value']:.1f} % on '{name}': little is left to teach, so "
+                    "arms can hardly differ there."
                 )
         for arm in self.arms:
             if self.data["arms"][arm].get("train") == "sequential" and not self.data["arms"][arm].get("methods"):

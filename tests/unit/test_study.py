@@ -1,0 +1,181 @@
+"""Studies: what arms share, what a second run costs, and that stopping anywhere changes no number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from holdfast.errors import UserError
+from holdfast.recipe import load_recipe
+from holdfast.study import Study, prepare
+from holdfast.study.plan import Step
+
+Recipe = Callable[..., dict[str, Any]]
+
+
+def trainings(mapping: dict[str, Any]) -> set[str]:
+    """Keys of the trainings that a recipe needs."""
+    return {step.key for step in prepare(load_recipe(mapping)).plan.steps() if step.kind == "train"}
+
+
+def numbers(study: Study) -> dict[str, Any]:
+    """study.json without what a clock or the environment decides."""
+    data = json.loads(json.dumps(study.data))
+    for step in data["steps"].values():
+        step.pop("seconds")
+        for entry in step.get("history", []):
+            for key in [k for k in entry if k.endswith(("runtime", "per_second"))]:
+                entry.pop(key)
+    for arm in data["arms"].values():
+        for seed in study.seeds:
+            arm[str(seed)].pop("seconds")
+    data.pop("environment")
+    return data
+
+
+class TestPlan:
+    def test_six_arms_train_six_times_a_seed(self, tiny_recipe: Recipe) -> None:
+        # task 1 once for all, task 2 for sequential, rehearsal, SAM and SFA, joint once; WiSE-FT merges
+        assert len(trainings(tiny_recipe())) == 6
+        assert len(trainings(tiny_recipe(seeds=[0, 1]))) == 12
+
+    def test_adding_an_arm_costs_one_training_and_an_alpha_none(self, tiny_recipe: Recipe) -> None:
+        before, arms = trainings(tiny_recipe()), tiny_recipe()["arms"]
+        more = trainings(tiny_recipe(arms={**arms, "l2": [{"l2": {"weight": 0.1}}]}))
+        assert before < more and len(more) == len(before) + 1
+        assert trainings(tiny_recipe(arms={**arms, "wiseft-3": [{"wiseft": {"alpha": 0.3}}]})) == before
+
+    def test_independent_arms_share_the_first_task_and_train_the_others_from_the_base(
+        self, tiny_recipe: Recipe
+    ) -> None:
+        arms = tiny_recipe()["arms"]
+        merged = {"ta": "independent", "ties": {"train": "independent", "merge": {"method": "ties", "density": 0.2}}}
+        assert len(trainings(tiny_recipe(arms={**arms, **merged}))) == 7
+
+    def test_a_default_written_out_is_the_same_step(self, tiny_recipe: Recipe) -> None:
+        short = trainings(tiny_recipe(arms={"sfa": [{"sfa": {"p": 0.25}}]}))
+        assert trainings(tiny_recipe(arms={"other": [{"sfa": {"p": 0.25, "beta": 0.5}}]})) == short
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seeds": [1]},
+            {"training": {"learning_rate": 0.004, "max_steps": 4, "per_device_train_batch_size": 8, "max_length": 32}},
+            {"dtype": "bfloat16"},
+        ],
+    )
+    def test_what_decides_the_result_decides_the_key(self, tiny_recipe: Recipe, change: dict[str, Any]) -> None:
+        assert not trainings(tiny_recipe()) & trainings(tiny_recipe(**change))
+
+    def test_the_data_decide_the_key_not_their_place(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
+        recipe = tiny_recipe()
+        copy = tmp_path / "elsewhere.jsonl"
+        copy.write_bytes(Path(recipe["tasks"][0]["train"]).read_bytes())
+        moved = tiny_recipe(tasks=[{**recipe["tasks"][0], "train": str(copy)}, recipe["tasks"][1]])
+        assert trainings(moved) == trainings(recipe)
+        copy.write_text(copy.read_text().replace("echo", "ecHo", 1))
+        assert not trainings(moved) & trainings(recipe)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study") / "run"
+
+
+class TestRun:
+    def test_everything_is_measured_and_kept(self, tiny_recipe: Recipe, finished: Path) -> None:
+        study = Study.run(tiny_recipe(), out=finished)
+        assert study.trainings == 6
+        matrix = study.matrix("sequential", 0)
+        assert list(matrix.index) == list(matrix.columns) == ["echo", "flip"]
+        assert list(study.matrix("joint", 0).index) == ["joint"]
+        assert study.abilities("sam", 0)["text"].gt(1).all()
+        assert list(study.table().index) == ["sequential", "rehearsal", "sam", "sfa", "wiseft", "joint"]
+        items = study.items()
+        assert set(items["after"]) == {"base", "echo", "flip", "joint"}
+        per_arm = items[(items["arm"] == "sam") & (items["after"] == "flip") & (items["task"] == "flip")]
+        assert per_arm["score"].mean() * 100 == pytest.approx(study.matrix("sam", 0).loc["flip", "flip"])
+        assert Study.load(finished).data == json.loads(json.dumps(study.data))
+        assert yaml.safe_load((finished / "recipe.yaml").read_text())["name"] == "tiny"
+        assert "torch" in json.loads((finished / "environment.json").read_text())["versions"]
+        assert not (finished / "work").exists() or not list((finished / "work").iterdir())
+
+    def test_arms_share_the_checkpoint_of_task_one(self, tiny_recipe: Recipe, finished: Path) -> None:
+        data = Study.run(tiny_recipe(), out=finished).data
+        assert len({data["arms"][arm]["0"]["checkpoints"][0]["step"] for arm in ("sequential", "sam", "sfa")}) == 1
+
+    def test_a_second_run_computes_nothing_and_a_wiseft_alpha_trains_nothing(
+        self, tiny_recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = Study.run(tiny_recipe(), out=finished)
+
+        def never(*_: Any, **__: Any) -> None:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr("holdfast.study.training.train", never)
+        assert numbers(Study.run(tiny_recipe(), out=finished)) == numbers(first)
+        arms = {**tiny_recipe()["arms"], "wiseft-3": [{"wiseft": {"alpha": 0.3}}]}
+        study = Study.run(tiny_recipe(arms=arms), out=finished)
+        assert "wiseft-3" in study.arms and study.trainings == 6
+
+    def test_wiseft_is_the_average_of_the_two_checkpoints(self, tiny_recipe: Recipe, finished: Path) -> None:
+        from safetensors.torch import load_file
+
+        study = Study.run(tiny_recipe(), out=finished)
+        steps = [study.data["arms"][arm]["0"]["checkpoints"] for arm in ("sequential", "wiseft")]
+        first, tuned = (steps[0][i]["step"] for i in (0, 1))
+        weights = [
+            load_file(finished / "steps" / name / "model" / "model.safetensors")
+            for name in (f"train-{first}", f"train-{tuned}", f"edit-{steps[1][1]['step']}")
+        ]
+        for name, merged in weights[2].items():
+            np.testing.assert_allclose(merged, (weights[0][name] + weights[1][name]) / 2, rtol=0, atol=1e-7)
+
+    def test_stopped_anywhere_and_run_again_equals_uninterrupted(
+        self, tiny_recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = Study.run(tiny_recipe(), out=finished)
+        made: list[Step] = []
+        from holdfast.study.run import Runner
+
+        original = Runner._measure
+
+        def stop_after_two(self: Runner, step: Step, name: str) -> None:
+            original(self, step, name)
+            made.append(step)
+            if len(made) % 2 == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Runner, "_measure", stop_after_two)
+        for _ in range(20):
+            try:
+                study = Study.run(tiny_recipe(), out=tmp_path / "stopped")
+                break
+            except KeyboardInterrupt:
+                continue
+        assert numbers(study) == numbers(whole)
+        pd.testing.assert_frame_equal(study.items(), whole.items())
+
+    def test_a_directory_of_another_recipe_is_refused(
+        self, tiny_recipe: Recipe, finished: Path, tmp_path: Path
+    ) -> None:
+        Study.run(tiny_recipe(), out=finished)
+        other = tiny_recipe()
+        other["training"]["max_steps"] = 5
+        with pytest.raises(UserError, match=r"different recipe: 'training\.max_steps' was 4, is 5"):
+            Study.run(other, out=finished)
+        (tmp_path / "precious.txt").write_text("mine")
+        with pytest.raises(UserError, match="not empty and holds no holdfast study"):
+            Study.run(tiny_recipe(), out=tmp_path)
+        assert (tmp_path / "precious.txt").read_text() == "mine"
+
+    def test_no_finished_study(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no finished study"):
+            Study.load(tmp_path)
