@@ -1,0 +1,77 @@
+"""Reused arrays of one worker, and running jobs on all cores."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from holdfast.merge.numbers import Array
+
+CHUNK = 1 << 16  # numbers worked on at a time: float32 copies of a few inputs stay in the L2 cache
+
+
+class Scratch:
+    """Named arrays that one worker uses again and again, so that memory neither grows nor is zeroed."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def get(self, name: str, dtype: Any, size: int) -> Array:
+        """An array of ``size`` elements with undefined content."""
+        need = size * np.dtype(dtype).itemsize
+        held = self._arrays.get(name)
+        if held is None or held.nbytes < need:
+            held = self._arrays[name] = np.empty(need, np.uint8)
+        view: Array = held[:need].view(dtype)
+        return view
+
+
+Job = Callable[[Scratch], None]
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(jobs: Iterable[Job], threads: int) -> None:
+    """Run jobs, started in their order, on ``threads`` threads; the first exception stops the rest and is raised.
+
+    Numpy, reads and writes all release the interpreter lock, so while one thread waits for the disk another computes.
+    """
+    todo = list(jobs)
+    if threads <= 1 or len(todo) <= 1:
+        scratch = Scratch()
+        for job in todo:
+            job(scratch)
+        return
+    queue, lock, failures = iter(todo), threading.Lock(), list[BaseException]()
+
+    def work() -> None:
+        scratch = Scratch()
+        while not failures:
+            with lock:
+                job = next(queue, None)
+            if job is None:
+                return
+            try:
+                job(scratch)
+            except BaseException as error:
+                failures.append(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(todo)))]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException as error:  # Ctrl-C arrives in the main thread; let the others finish their job and stop
+        failures.append(error)
+        for worker in workers:
+            worker.join()
+    if failures:
+        raise failures[0]
