@@ -20,26 +20,42 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     Every block is unpacked to ``dtype``, so the model takes 4 bytes per parameter in fp32, several times the file.
     Raises UserError if the package ``gguf`` is missing or the file can't be read.
     """
-    _need_gguf(file)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = gguf_tokenizer(file)
+    from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {}
     with contextlib.suppress(ImportError):  # newer transformers keep the blocks packed unless told otherwise
         from transformers import GgufConfig
 
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    folder, name = str(file.parent), file.name
     try:
-        with quiet_progress():
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype, **kwargs)
     except Exception as error:  # the reader raises whatever a damaged file trips over
         raise UserError(f"{file}: can't be read as a GGUF language model: {error}") from error
-    _repair_tokenizer(tokenizer, file)
     tokenizer.model_max_length = model.config.max_position_embeddings
     _detach_quantizer(model)
     model.config._name_or_path = str(file)
     return model, tokenizer
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a GGUF file. Raises UserError like ``load_gguf``."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{file}: reading GGUF files needs the package 'gguf': pip install 'holdfast[gguf]' (or pip install gguf)"
+        ) from error
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        _repair_tokenizer(tokenizer, file)
+    except Exception as error:
+        raise UserError(f"{file}: its tokenizer can't be read from the GGUF file: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -54,15 +70,6 @@ def quiet_progress() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _need_gguf(file: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{file}: reading GGUF files needs the package 'gguf': pip install 'holdfast[gguf]' (or pip install gguf)"
-        ) from error
 
 
 def _detach_quantizer(model: PreTrainedModel) -> None:

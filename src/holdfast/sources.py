@@ -1,57 +1,123 @@
-"""What a model source is, without loading its weights: its tokenizer, and a hash that names its content."""
+"""What a model's name means: a folder, an adapter, a GGUF file, a packaged or fetched model, or a hub id."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
+from urllib.parse import urlsplit
 
-from holdfast.files import sha256_file
-from holdfast.models import LAB, load_model
-from holdfast.weights import weights_hash
+from holdfast.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+LAB = "lab"
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model")
 
 
-def local_folder(source: str | Path) -> Path | None:
-    """The folder of a source that is one: a path, ``lab``, or a fetched model; None for GGUF files and hub ids."""
-    if str(source) == LAB:
+@dataclass(frozen=True)
+class Source:
+    """A model that was found: ``at`` is an absolute path, or the hub id."""
+
+    kind: Literal["folder", "adapter", "gguf", "hub"]
+    at: str
+
+    @property
+    def label(self) -> str:
+        return f"model '{self.at}'" if self.kind == "hub" else self.at
+
+
+def locate(name: str | Path) -> Source:
+    """Find a model. Raises UserError with the nearest existing name, or with what a folder holds instead."""
+    text = str(name)
+    if text == LAB:
         from holdfast import lab
 
-        return lab.model_dir()
-    path = Path(source).expanduser()
+        return _folder(Path(lab.model_dir()))
+    path = Path(text).expanduser()
     if path.is_dir():
-        return path
+        return _folder(path.resolve())
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path}: a model is a folder, a .gguf file or a hub id; this is another kind of file")
+        return Source("gguf", str(path.resolve()))
     from holdfast.fetch import KNOWN, fetched
 
-    return fetched(str(source)) if str(source) in KNOWN else None
+    if text in KNOWN:
+        folder = fetched(text)
+        if folder is None:
+            raise UserError(f"model '{text}' has not been fetched yet; run: holdfast models get {text}")
+        return _folder(folder.resolve())
+    if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
+        raise UserError(f"{text}: no such model folder or file.{nearest(path)}")
+    return Source("hub", text)
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source that ``load_model`` takes, loaded without its weights where that is possible.
+def base_of_adapter(folder: Path) -> str:
+    """The base model that a PEFT adapter names."""
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    if not base:
+        raise UserError(f"{file}: key 'base_model_name_or_path' is empty; name the base model")
+    return str(base)
 
-    Raises UserError as ``load_model`` does.
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
+
+
+def nearest(path: Path) -> str:
+    """A hint for a missing path: its first missing part, and the nearest name that is there."""
+    path = path.expanduser().absolute()
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    names = [entry.name for entry in missing.parent.iterdir() if not entry.name.startswith(".")]
+    hint = did_you_mean(missing.name, names)
+    if len(hint) > 200:
+        hint = hint[:200] + " …"
+    return hint if missing == path else f" There is no '{missing.name}' in {missing.parent}.{hint}"
+
+
+def hub_is_unreachable() -> bool:
+    """True if the hub's host has no address here; asking it anyway costs half a minute of retries.
+
+    Behind a proxy the proxy resolves names, so nothing is known and the answer is False.
     """
-    from transformers import AutoTokenizer
+    from huggingface_hub import constants
 
-    folder = local_folder(source)
-    usable = folder is not None and (folder / "tokenizer_config.json").is_file() and (folder / "config.json").is_file()
-    if not usable or not list(folder.glob("*.safetensors")):  # type: ignore[union-attr]
-        return load_model(source)[1]  # a GGUF file, a hub id, or an error to be explained
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
-def source_hash(source: str | Path) -> str:
-    """A hash of the weights a source stands for: over tensors (folders), bytes (GGUF), or the hub's commit."""
-    folder = local_folder(source)
-    if folder is not None:
-        return weights_hash(folder)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return sha256_file(path)
-    from transformers import AutoConfig
+def _folder(folder: Path) -> Source:
+    """A model folder, or what is missing from it, said before transformers does."""
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    if (folder / "adapter_config.json").is_file():
+        if not any(folder.glob("adapter_model.*")):
+            raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors). It holds: {there}.")
+        return Source("adapter", str(folder))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model here, config.json is missing. It holds: {there}.{_inside(folder)}")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise UserError(f"{folder}: a model folder without weights (no *.safetensors). It holds: {there}.")
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: a model folder without a tokenizer (no tokenizer.json). It holds: {there}.")
+    return Source("folder", str(folder))
 
-    return f"{source}@{getattr(AutoConfig.from_pretrained(str(source)), '_commit_hash', None)}"
+
+def _inside(folder: Path) -> str:
+    if files := sorted(folder.glob("*.gguf")):
+        return f" Give the file itself: {files[0]}."
+    models = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
+    return f" There are models inside it: {', '.join(models[:8])}." if models else ""

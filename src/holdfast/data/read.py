@@ -12,6 +12,7 @@ from holdfast.data.files import READERS, Row, folder_files, kind, missing_file, 
 from holdfast.data.formats import Turns, converter, rename
 from holdfast.data.origins import Origins, remember
 from holdfast.errors import UserError
+from holdfast.sources import hub_is_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,13 +165,16 @@ def _saved(folder: Path, split: str | None) -> Iterator[Row]:
 
 def _hub(name: str, split: str | None) -> Iterator[Row]:
     """A hub data set, or one in the local cache of ``datasets``."""
-    from datasets import load_dataset
+    from datasets import DownloadConfig, load_dataset
 
     path, _, config = name.partition(":")
+    offline = hub_is_unreachable()
+    settings = DownloadConfig(local_files_only=True) if offline else None
     try:
-        dataset = load_dataset(path, config or None, split=split or "train")
+        dataset = load_dataset(path, config or None, split=split or "train", download_config=settings)
     except Exception as error:  # every builder and the network fail in their own ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "the hub can't be reached from here and its cache has no such data set" if offline else reason
         raise UserError(
             f"{name}: no such file here, and as a hub data set (split '{split or 'train'}') it can't be read: "
             f"{reason:.400}"
