@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,13 +166,13 @@ def _saved(folder: Path, split: str | None) -> Iterator[Row]:
 
 def _hub(name: str, split: str | None) -> Iterator[Row]:
     """A hub data set, or one in the local cache of ``datasets``."""
-    from datasets import DownloadConfig, load_dataset
+    from datasets import load_dataset
 
     path, _, config = name.partition(":")
     offline = hub_is_unreachable()
-    settings = DownloadConfig(local_files_only=True) if offline else None
     try:
-        dataset = load_dataset(path, config or None, split=split or "train", download_config=settings)
+        with _no_retries() if offline else nullcontext():
+            dataset = load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # every builder and the network fail in their own ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = "the hub can't be reached from here and its cache has no such data set" if offline else reason
@@ -180,6 +181,19 @@ def _hub(name: str, split: str | None) -> Iterator[Row]:
             f"{reason:.400}"
         ) from error
     return _numbered(dataset, name)
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Let ``datasets`` look in its cache only."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _numbered(dataset: Iterable[Any], name: str) -> Iterator[Row]:
