@@ -118,7 +118,7 @@ class Results:
 
     def warnings(self) -> list[str]:
         """Why this study may be unable to tell methods apart; empty when nothing speaks against it."""
-        found = []
+        found = [f"'{name}': {note}." for name, data in self.data["data"].items() for note in data["notes"]]
         for task in self.data["tasks"]:
             name, base = task["name"], self.data["base"][task["name"]]
             if task["metric"] in LOWER_IS_BETTER:

@@ -100,8 +100,8 @@ model: {model}          # hub id, local folder, .gguf file, or lab (the small mo
 
 tasks:                  # taught one after the other
 {tasks}
-    # train_limit: 2000         # first N training rows
-    # test_limit: 200           # first N questions
+    # train_limit: 2000         # a fixed random subset of the training rows
+    # test_limit: 200           # and of the questions
     # extract: "#### (-?[0-9.,]+)"   # compare only this part of the answer
     # choices: [" yes", " no"]  # score these answers by likelihood instead of generating
 

@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def _print_tasks(console: Console, prepared: Prepared, examples: int) -> None:
     from holdfast.data import preview
-    from holdfast.sources import load_tokenizer
+    from holdfast.models import load_tokenizer
 
     tokenizer = load_tokenizer(prepared.recipe.model)
     for task in prepared.tasks:
@@ -57,6 +57,8 @@ def _print_tasks(console: Console, prepared: Prepared, examples: int) -> None:
             style="bold",
             markup=False,
         )
+        for note in task.notes:
+            console.print(f"note: {note}", style="yellow", markup=False)
         if examples:
             console.print(preview(task.train, tokenizer, examples))
             item = test.items[0]

@@ -42,19 +42,12 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read the model's tokenizer and all data, check them, and plan the steps. Raises UserError for bad input."""
-    from holdfast.data import check_supervised
-    from holdfast.sources import load_tokenizer, source_hash
+    from holdfast.models import load_tokenizer, source_hash
     from holdfast.study.plan import plan_study
     from holdfast.study.streams import load_panel, load_tasks
 
     tokenizer = load_tokenizer(recipe.model)
     tasks = load_tasks(recipe, tokenizer)
-    for task in tasks:
-        settings = {**recipe.training, **task.spec.training}
-        try:
-            check_supervised(task.train, tokenizer, settings.get("max_length", 1024))
-        except UserError as error:
-            raise UserError(f"tasks.{task.name}: {error}") from None
     panel = load_panel(recipe, tokenizer)
     return Prepared(recipe, tasks, panel, plan_study(recipe, tasks, source_hash(recipe.model)))
 
@@ -148,7 +141,10 @@ def collect(prepared: Prepared, runner: Runner) -> dict[str, Any]:
         "seeds": recipe.seeds,
         "tasks": [describe_task(task.test) for task in prepared.tasks],
         "panel": [describe_task(task) for task in prepared.panel],
-        "data": {task.name: {"rows": len(task.train), "hash": task.train_hash} for task in prepared.tasks},
+        "data": {
+            task.name: {"rows": len(task.train), "hash": task.train_hash, "notes": list(task.notes)}
+            for task in prepared.tasks
+        },
         "base": scores(prepared.questions, plan.base, runner),
         "arms": arms,
         "steps": steps,
@@ -169,7 +165,7 @@ def describe_task(task: EvalTask) -> dict[str, Any]:
 def step_record(step: Step, runner: Runner) -> dict[str, Any]:
     """A finished step in study.json: what it was, how long it took, and its training log."""
     record = runner.store.read_step(step)
-    kept = {key: record[key] for key in ("seconds", "steps", "history") if key in record}
+    kept: dict[str, Any] = {key: record[key] for key in ("seconds", "steps", "history") if key in record}
     return {"kind": step.kind, "tasks": list(step.tasks), "seed": step.seed, "content": step.content, **kept}
 
 

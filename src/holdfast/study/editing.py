@@ -46,11 +46,11 @@ def edit_checkpoint(methods: tuple[Method, ...], tuned: Path, anchor: Path, out:
 
 def base_folder(recipe: Recipe, store: Store) -> Path:
     """The base model as a local folder of safetensors, written once where ``model`` is something else."""
-    from holdfast.sources import local_folder
+    from holdfast.sources import locate
 
-    given = local_folder(recipe.model)
-    if given is not None and not (given / "adapter_config.json").exists():
-        return given
+    found = locate(recipe.model)
+    if found.kind == "folder":
+        return Path(found.at)
     folder = store.root / "base"
     if not folder.exists():
         from holdfast.models import load_model, save_model

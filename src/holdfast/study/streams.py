@@ -37,6 +37,7 @@ class TaskData:
     spec: TaskSpec
     train: Dataset
     test: EvalTask
+    notes: tuple[str, ...] = ()  # what a person should know of the training data
 
     @property
     def name(self) -> str:
@@ -49,10 +50,15 @@ class TaskData:
 
 def load_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[TaskData]:
     """Read every task of the stream; UserError names the task, file and line or column."""
+    from holdfast.data import check_supervised, for_tokenizer
+
     loaded = []
     for spec in recipe.tasks:
         try:
-            loaded.append(TaskData(spec, _training_set(spec, recipe), eval_task(spec, recipe, tokenizer)))
+            train = for_tokenizer(_training_set(spec, recipe), tokenizer)
+            max_length = {**recipe.training, **spec.training}.get("max_length", 1024)
+            notes = check_supervised(train, tokenizer, max_length).notes()
+            loaded.append(TaskData(spec, train, eval_task(spec, recipe, tokenizer), tuple(notes)))
         except UserError as error:
             raise UserError(f"tasks.{spec.name}: {error}") from None
     return loaded
@@ -120,10 +126,11 @@ def eval_task(spec: EvalSpec, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 
         return lab.eval_task(spec.source.removeprefix(LAB)).limit(spec.test_limit)
     source = resolve(spec.test or str(spec.source), recipe)
-    split = spec.test_split or "test"
+    of_its_own = spec.test is not None and Path(source).is_dir() and spec.test != getattr(spec, "train", None)
+    split = spec.test_split or (None if of_its_own else "test")
     if isinstance(spec.choices, str):
         return _column_choices(spec, spec.choices, source, split)
-    from holdfast.data import read_examples
+    from holdfast.data import for_tokenizer, read_examples
 
     examples = read_examples(
         source,
@@ -136,7 +143,7 @@ def eval_task(spec: EvalSpec, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     )
     if spec.metric == "perplexity":
         return _perplexity(spec, examples)
-    pairs = [_prompt_and_answer(row, tokenizer) for row in examples]
+    pairs = [_prompt_and_answer(row, tokenizer) for row in for_tokenizer(examples, tokenizer)]
     if spec.choices is not None:
         return _fixed_choices(spec, spec.choices, pairs)
     items = tuple(
@@ -199,7 +206,7 @@ def _fixed_choices(spec: EvalSpec, choices: list[str], pairs: Iterable[tuple[str
     return EvalTask(spec.name, "choice", tuple(items), metric=spec.metric or "acc", chance=100 / len(choices))
 
 
-def _column_choices(spec: EvalSpec, column: str, source: str, split: str) -> EvalTask:
+def _column_choices(spec: EvalSpec, column: str, source: str, split: str | None) -> EvalTask:
     """Multiple choice as benchmark files hold it: a column of choices and one with the right index or text."""
     from holdfast.data import fill_template, raw_rows
 
