@@ -135,7 +135,7 @@ class MethodsMixin(Trainer):
         elif self._saves_state():
             start = self._anchors.get(("start", True))
             if isinstance(start, Snapshot) and self._writes():
-                run_state.save_anchor(Path(self.args.output_dir), self._rank_file(), start)
+                run_state.save_anchor(Path(str(self.args.output_dir)), self._rank_file(), start)
         self._gradient = None
         if with_seam(self.methods, "gradient"):
             self._gradient = compose_gradient(self.methods, self._window_gradient, self._params)

@@ -112,6 +112,16 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+# What the distributed laws train on: 22 rows, so the last window is short; SGD shows gradients as they are.
+DISTRIBUTED: dict[str, Any] = {
+    "data": Rows(22),
+    "extra": {"memory": {"past": Rows(12, seed=5)}},
+    "train_sampling_strategy": "sequential",
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
+
+
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -1,0 +1,53 @@
+"""Run under torchrun: trains with each method on 2 processes and writes what rank 0 ends with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
+from method_cases import ACTIVE
+from tiny_world import DISTRIBUTED, losses, tiny_llama, train, weights
+
+
+def model(kind: str, start: Path) -> Any:
+    if kind != "fsdp2":
+        return tiny_llama()
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    return LlamaForCausalLM.from_pretrained(
+        start, distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float32
+    )
+
+
+def main(kind: str, out: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    results = {}
+    for name in ["plain", *sorted(ACTIVE)]:
+        trainer = train(
+            out / f"{kind}-{name}",
+            [] if name == "plain" else [ACTIVE[name]()],
+            model=model(kind, out / "start"),
+            **DISTRIBUTED,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=1,
+        )
+        final = {key: value.contiguous() for key, value in weights(trainer).items()}
+        if rank == 0:
+            save_file(final, str(out / f"{kind}-{name}.safetensors"))
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        results[name] = {"losses": losses(trainer), "history": history}
+    if rank == 0:
+        (out / f"{kind}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

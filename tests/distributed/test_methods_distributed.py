@@ -1,0 +1,61 @@
+"""Two processes, DDP and FSDP2 on CPU with gloo, equal one process, for every method."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+from method_cases import ACTIVE
+from tiny_world import DISTRIBUTED, distance, losses, tiny_llama, train, weights
+
+pytestmark = pytest.mark.distributed
+RUNS = ["plain", *sorted(ACTIVE)]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        name: train(folder, [] if name == "plain" else [ACTIVE[name]()], **DISTRIBUTED, per_device_train_batch_size=4)
+        for name in RUNS
+    }
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp(request.param)
+    tiny_llama().save_pretrained(out / "start")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "methods_worker.py"), request.param, str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(name: str, one_process: dict[str, Any], two_processes: tuple[str, Path]) -> None:
+    kind, out = two_processes
+    reference = one_process[name]
+    found = json.loads((out / f"{kind}.json").read_text())[name]
+    assert distance(weights(reference), load_file(out / f"{kind}-{name}.safetensors")) <= 1e-5
+    assert found["losses"] == pytest.approx(losses(reference), abs=1e-5)
+    for here, there in zip(reference.state.log_history, found["history"]):
+        for key, value in here.items():
+            if key.startswith("holdfast/") or key == "grad_norm":
+                assert there[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    if name != "plain":
+        assert distance(weights(reference), weights(one_process["plain"])) > 1e-3
