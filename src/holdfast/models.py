@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import UserError, did_you_mean
 from holdfast.files import new_folder, sha256_file
 from holdfast.gguf import gguf_tokenizer, load_gguf, quiet_progress
-from holdfast.sources import Source, base_of_adapter, has_tokenizer, hub_is_unreachable, locate, nearest
+from holdfast.hub import hub_is_unreachable
+from holdfast.sources import Source, base_of_adapter, has_tokenizer, locate, nearest
 from holdfast.weights import weights_hash
 
 if TYPE_CHECKING:

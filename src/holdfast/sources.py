@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from holdfast.errors import UserError, did_you_mean
 
@@ -82,22 +79,6 @@ def nearest(path: Path) -> str:
     if len(hint) > 200:
         hint = hint[:200] + " …"
     return hint if missing == path else f" There is no '{missing.name}' in {missing.parent}.{hint}"
-
-
-def hub_is_unreachable() -> bool:
-    """True if the hub's host has no address here; asking it anyway costs half a minute of retries.
-
-    Behind a proxy the proxy resolves names, so nothing is known and the answer is False.
-    """
-    from huggingface_hub import constants
-
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
-    except OSError:
-        return True
-    return False
 
 
 def _folder(folder: Path) -> Source:

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"merge"},
     {"data", "metrics"},
     {"methods", "method"},  # from_spec looks names up in the registry
-    {"anchor", "tensors", "weights"},
+    {"anchor", "hub", "tensors", "weights"},
     {"errors", "files"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

@@ -13,7 +13,7 @@ from holdfast.data.files import READERS, Row, folder_files, kind, missing_file, 
 from holdfast.data.formats import Turns, converter, rename
 from holdfast.data.origins import Origins, remember
 from holdfast.errors import UserError
-from holdfast.sources import hub_is_unreachable
+from holdfast.hub import hub_is_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset

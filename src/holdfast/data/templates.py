@@ -101,7 +101,7 @@ def _format(value: Any, spec: str) -> str:
 
 
 def _word(value: Any, spec: str) -> str:
-    words = dict(pair.split("=", 1) for pair in spec.split(",") if "=" in pair)
+    words = dict(pair.split("=", 1) for pair in re.split(r",(?=[^,=]+=)", spec))  # a word may hold commas
     key = str(int(value)) if isinstance(value, bool) and str(value) not in words else str(value)
     if key not in words:
         raise UserError(f"{value!r:.40} is none of {', '.join(words)}")
