@@ -1,0 +1,25 @@
+"""Panels, an lm-eval engine with shared prefixes, probes, and paired statistics on per-item outcomes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from holdfast.evaluate.tasks import EvalTask, Item
+
+if TYPE_CHECKING:
+    from holdfast.evaluate.measuring import measure, summarize
+
+# public name -> module; heavy modules are imported on first use
+_PUBLIC = {
+    "measure": "holdfast.evaluate.measuring",
+    "summarize": "holdfast.evaluate.measuring",
+}
+
+__all__ = ["EvalTask", "Item", "measure", "summarize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'holdfast.evaluate' has no attribute {name!r}")
