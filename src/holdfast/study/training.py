@@ -57,11 +57,12 @@ def train(
     sink: Sink,
 ) -> Trained:
     """Train ``model`` as ``step`` says; ``work`` holds the Trainer's own checkpoints where the recipe asks for them."""
+    import torch
     from trl import SFTConfig, SFTTrainer
 
     from holdfast.trainer import with_methods
 
-    settings = {**DEFAULTS, **step.training}
+    settings = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **step.training}
     if settings.get("save_steps") and "save_strategy" not in step.training:
         settings["save_strategy"] = "steps"
     args = SFTConfig(output_dir=str(work), seed=step.seed, data_seed=step.seed, **settings)
