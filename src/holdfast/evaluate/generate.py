@@ -46,10 +46,11 @@ class Prompt:
 class _Room(DynamicLayer):
     """Keys and values in a buffer made once: appending a token copies that token, not the whole past."""
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, rows: int, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int, trunk: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
         self.rows, self.capacity, self.length = rows, capacity, 0
-        if keys is not None and values is not None:
+        if trunk is not None:
+            keys, values = trunk
             self.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,8 @@ def generate_texts(
     """
     outputs = [Output() for _ in prompts]
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    each = [tuple(s) for s in stop] if stop and not isinstance(stop[0], str) else [tuple(stop)] * len(prompts)
+    one = tuple(mark for mark in stop if isinstance(mark, str))
+    each = [one] * len(prompts) if one or not stop else [tuple(marks) for marks in stop]
     asked = []
     for index, (prompt, ids) in enumerate(zip(prompts, _encode(tokenizer, prompts))):
         if isinstance(ids, str):
@@ -124,10 +126,10 @@ def generate_texts(
     with evaluation_mode(engine.forward.model):
         engine.check()
         made = _Decoder(engine, tokenizer, sample).run(asked, on_item)
-    for prompt_, tokens in zip(asked, made):
+    for prompt_, new in zip(asked, made):
         output = outputs[prompt_.index]
-        output.tokens = tuple(tokens)
-        output.text = cut(tokenizer.decode(tokens, skip_special_tokens=True), prompt_.stop)
+        output.tokens = tuple(new)
+        output.text = cut(tokenizer.decode(new, skip_special_tokens=True), prompt_.stop)
     return outputs
 
 
@@ -207,11 +209,9 @@ class _Decoder:
         column = torch.arange(total, device=device)
         valid = (column < len(trunk))[None] | (column >= len(trunk) + pads[:, None])
         positions = torch.where(column < len(trunk), column, column - pads[:, None]).clamp_min_(0)
-        past = DynamicCache()
+        past: Any = DynamicCache()
         layers = getattr(self.forward.config, "num_hidden_layers", len(cache))
-        past.layers = [
-            _Room(*(cache[k] if cache else (None, None)), rows=len(prompts), capacity=total) for k in range(layers)
-        ]
+        past.layers = [_Room(len(prompts), total, cache[k] if cache else None) for k in range(layers)]
         made: list[list[int]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))
         done = [False] * len(prompts)
@@ -253,7 +253,7 @@ class _Decoder:
         width, device = max(len(p.tokens) for p in prompts), self.forward.device
         ids = torch.tensor([[0] * (width - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=device)
-        made = self.forward.model.generate(  # type: ignore[operator]
+        made = self.forward.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max(p.max_new for p in prompts),
