@@ -75,8 +75,11 @@ def gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
     return [cast(Tensor, param.grad) for param in params if param.grad is not None]
 
 
-def _sum_over_shards(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Sum per-tensor values over tensors, and over the ranks that hold different shards of a tensor."""
+def sum_over_shards(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Sum one value per tensor over tensors, and over the ranks that hold different shards of a tensor.
+
+    ``like`` holds the tensors the values were computed from: they tell how each is sharded.
+    """
     by_groups: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for value, tensor in zip(values, like, strict=True):
         sharded = as_dtensor(tensor)
@@ -100,26 +103,27 @@ def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 @torch.no_grad()
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
     """Euclidean norm over all elements of all tensors on all shards, as a 0-d fp32 tensor (fp64 for fp64 input).
 
-    Every rank gets the same value. A norm of local shards would be too small by the square root of the ranks.
+    ``like`` tells how the tensors are sharded if they are local parts. Every rank gets the same value; a norm of local
+    shards would be too small by the square root of the ranks.
     """
     if not tensors:
         return torch.zeros(())
     parts = locals_(tensors)
     squares = [value.square() for value in torch._foreach_norm(parts, 2, dtype=_accumulator(parts))]
-    return _sum_over_shards(squares, tensors).sqrt()
+    return sum_over_shards(squares, tensors if like is None else like).sqrt()
 
 
 @torch.no_grad()
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+def dot(left: Sequence[Tensor], right: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
     """Inner product over all elements of all tensors on all shards, as a 0-d fp32 tensor (fp64 for fp64 input)."""
     if not left:
         return torch.zeros(())
     dtype = _accumulator(left)
     values = [(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(locals_(left), locals_(right), strict=True)]
-    return _sum_over_shards(values, left)
+    return sum_over_shards(values, left if like is None else like)
 
 
 @torch.no_grad()
@@ -147,15 +151,15 @@ def pull(tensor: Tensor, anchor: Tensor, weight: float) -> None:
 
 
 @torch.no_grad()
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor, keep_dtype: bool = False) -> Tensor:
     """This rank's part of a whole tensor, cut and placed as ``like`` is; no communication."""
     sharded = as_dtensor(like)
     target = local(like)
+    moved = full.to(device=target.device, dtype=full.dtype if keep_dtype else target.dtype)
     if sharded is None:
-        return full.to(device=target.device, dtype=target.dtype)
+        return moved
     from torch.distributed.tensor import distribute_tensor
 
-    moved = full.to(device=target.device, dtype=target.dtype)
     return distribute_tensor(moved, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
 
 

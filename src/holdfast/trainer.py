@@ -28,7 +28,7 @@ from holdfast.method import (
     with_seam,
 )
 from holdfast.unsupported import refuse_unsupported
-from holdfast.window import Window, counters, drop_gradients, restore_counters, rng_state, set_rng_state
+from holdfast.window import Window, WindowGradient, counters, restore_counters
 
 T = TypeVar("T", bound=type)
 
@@ -65,7 +65,6 @@ class MethodsMixin(Trainer):
         self._anchor_paths = {"task": anchor, "base": base or anchor}
         self._past_data = dict(memory or {})
         self._anchors: dict[tuple[str, bool], Anchor] = {}
-        self._window = Window([])
         self._measured: dict[str, list[float]] = {}
         self._resumed_from: str | None = None
         self._gradient: Callable[[], Tensor | None] | None = None
@@ -138,6 +137,13 @@ class MethodsMixin(Trainer):
                 run_state.save_anchor(Path(str(self.args.output_dir)), self._rank_file(), start)
         self._gradient = None
         if with_seam(self.methods, "gradient"):
+            self._window_gradient = WindowGradient(
+                self._params,
+                self.args.device,
+                self._forward_backward,
+                lambda loss: self.accelerator.reduce(loss, "mean"),
+                self._unrecorded,
+            )
             self._gradient = compose_gradient(self.methods, self._window_gradient, self._params)
 
     def _context(self, prefix: str, index: int) -> Context:
@@ -198,7 +204,8 @@ class MethodsMixin(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._window = Window(batches)
+        if self._gradient is not None:
+            self._window_gradient.window = Window(batches)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -209,50 +216,28 @@ class MethodsMixin(Trainer):
         """
         if self._gradient is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        window = self._window
+        window = self._window_gradient.window
         window.seen += 1
         if not window.complete:
             return torch.zeros((), device=self.args.device)
-        window.run = functools.partial(self._forward_backward, model, num_items_in_batch)
+        self._stepped = (model, num_items_in_batch)
         self._gradient()
         for loss in window.losses[:-1]:
             if math.isfinite(loss):
                 self._tr_loss += loss
         return window.losses[-1]
 
-    def _window_gradient(self) -> Tensor:
-        """The innermost ``grad``: all micro-batches of the window; the first call is recorded, others are replays."""
-        window = self._window
-        drop_gradients(self._params)
-        if not window.replayed:
-            losses = [self._first_pass(index) for index in range(len(window.batches))]
-            window.rng.append(rng_state(self.args.device))
-            window.losses = losses
-        else:
-            with self._unrecorded():
-                losses = [self._replay(index) for index in range(len(window.batches))]
-            set_rng_state(window.rng[-1], self.args.device)
-        return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
-
-    def _first_pass(self, index: int) -> Tensor:
-        self._window.rng.append(rng_state(self.args.device))
-        return self._window.run(index)
-
-    def _replay(self, index: int) -> Tensor:
-        set_rng_state(self._window.rng[index], self.args.device)
-        return self._window.run(index)
-
-    def _forward_backward(self, model: nn.Module, num_items: Any, index: int) -> Tensor:
-        last = index == len(self._window.batches) - 1
-        with self._synced(model, last):
-            return super().training_step(model, self._window.batches[index], num_items)
+    def _forward_backward(self, inputs: Any, exchange: bool) -> Tensor:
+        model, num_items = self._stepped
+        with self._synced(model, exchange):
+            return super().training_step(model, inputs, num_items)
 
     @contextlib.contextmanager
-    def _synced(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Ranks exchange gradients at the window's last micro-batch only, in every pass, as the Trainer does it."""
+    def _synced(self, model: nn.Module, exchange: bool) -> Iterator[None]:
+        """Ranks exchange gradients once per pass, at its last micro-batch, as the Trainer does it."""
         state = self.accelerator.gradient_state
-        state._set_sync_gradients(last)
-        if last or state.plugin_kwargs.get("sync_each_batch", False):
+        state._set_sync_gradients(exchange)
+        if exchange or state.plugin_kwargs.get("sync_each_batch", False):
             waiting: Any = contextlib.nullcontext()
         elif self._sharded_at_load():
             waiting = self._defer_fsdp_gradient_reduction()

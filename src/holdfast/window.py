@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +26,61 @@ class Window:
 
     batches: list[Any]
     seen: int = 0  # micro-batches the Trainer has handed out
-    rng: list[Any] = field(default_factory=list)  # state before each micro-batch of the first pass, and after the last
+    before: list[Any] = field(default_factory=list)  # random state before each micro-batch of the first pass
+    after: list[Any] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)  # of the first pass
-    run: Callable[[int], Tensor] = lambda index: torch.zeros(())  # forward and backward of one micro-batch
 
     @property
     def complete(self) -> bool:
         return self.seen >= len(self.batches)
 
-    @property
-    def replayed(self) -> bool:
-        """Whether the first pass is over, so that the next one is a replay."""
-        return len(self.losses) == len(self.batches)
+
+class WindowGradient:
+    """The innermost ``grad``: leaves the gradient of the window's mean loss in ``p.grad`` and returns that loss.
+
+    The first pass over a micro-batch is the one that is recorded; every further pass is a replay with the same random
+    numbers, after which the random state is what it was after the first.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        device: torch.device,
+        run: Callable[[Any, bool], Tensor],
+        mean_over_ranks: Callable[[Tensor], Tensor],
+        unrecorded: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._params, self._device = params, device
+        self._run, self._mean_over_ranks, self._unrecorded = run, mean_over_ranks, unrecorded
+        self.window = Window([])
+
+    def __call__(self) -> Tensor:
+        drop_gradients(self._params)
+        last = len(self.window.batches) - 1
+        losses = [self._pass(index, index == last) for index in range(last + 1)]
+        return self._mean_over_ranks(torch.stack(losses).sum())
+
+    def parts(self) -> list[Callable[[], Tensor]]:
+        """One ``grad`` per micro-batch (over all ranks); they add up to the window's."""
+        return [functools.partial(self._part, index) for index in range(len(self.window.batches))]
+
+    def _part(self, index: int) -> Tensor:
+        drop_gradients(self._params)
+        return self._mean_over_ranks(self._pass(index, True))
+
+    def _pass(self, index: int, exchange: bool) -> Tensor:
+        """Forward and backward of one micro-batch; ``exchange``: ranks add up their gradients now."""
+        window = self.window
+        if index == len(window.losses):
+            window.before.append(rng_state(self._device))
+            window.losses.append(self._run(window.batches[index], exchange))
+            window.after.append(rng_state(self._device))
+            return window.losses[-1]
+        set_rng_state(window.before[index], self._device)
+        with self._unrecorded():
+            loss = self._run(window.batches[index], exchange)
+        set_rng_state(window.after[index], self._device)
+        return loss
 
 
 def rng_state(device: torch.device) -> tuple[Any, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from holdfast import L2, SAM, SFA, Method, Rehearsal, WiSEFT
+from holdfast.methods import MomentumSAM
 
 NEUTRAL: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.0),
+    "msam": lambda: MomentumSAM(rho=0.0),
     "sfa": lambda: SFA(beta=0.0),
     "l2": lambda: L2(weight=0.0),
     "rehearsal": lambda: Rehearsal(share=0.0),
@@ -15,6 +17,7 @@ NEUTRAL: dict[str, Callable[[], Method]] = {
 }
 ACTIVE: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.5),
+    "msam": lambda: MomentumSAM(rho=0.5),
     "sfa": lambda: SFA(p=0.5),
     "l2": lambda: L2(weight=1.0),
     "rehearsal": lambda: Rehearsal(share=0.25),
