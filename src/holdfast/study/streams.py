@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import UserError
+from holdfast.errors import UserError, did_you_mean
 from holdfast.evaluate.tasks import EvalTask, Item
 from holdfast.files import canonical
 from holdfast.recipe import EvalSpec, PanelSpec, Recipe, TaskSpec
@@ -130,6 +130,8 @@ def eval_task(spec: EvalSpec, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     split = spec.test_split or (None if of_its_own else "test")
     if isinstance(spec.choices, str):
         return _column_choices(spec, spec.choices, source, split)
+    if spec.answer is not None and spec.choices is None:
+        return _generated(spec, _column_answers(spec, spec.answer, source, split))
     from holdfast.data import for_tokenizer, read_examples
 
     examples = read_examples(
@@ -146,18 +148,35 @@ def eval_task(spec: EvalSpec, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     pairs = [_prompt_and_answer(row, tokenizer) for row in for_tokenizer(examples, tokenizer)]
     if spec.choices is not None:
         return _fixed_choices(spec, spec.choices, pairs)
-    items = tuple(
-        Item(id=str(i), prompt=prompt, answer=_expected(spec, answer, i)) for i, (prompt, answer) in enumerate(pairs)
-    )
+    return _generated(spec, [(prompt, _expected(spec, answer, i)) for i, (prompt, answer) in enumerate(pairs)])
+
+
+def _generated(spec: EvalSpec, pairs: Iterable[tuple[str, str]]) -> EvalTask:
+    """Greedy answers to be compared with the expected ones."""
     return EvalTask(
         spec.name,
         "generate",
-        items,
+        tuple(Item(id=str(i), prompt=prompt, answer=answer) for i, (prompt, answer) in enumerate(pairs)),
         metric="exact_match",
         extract=spec.extract,
         stop=tuple(spec.stop),
         max_new_tokens=spec.max_new_tokens,
     )
+
+
+def _column_answers(spec: EvalSpec, column: str, source: str, split: str | None) -> list[tuple[str, str]]:
+    """Prompts and expected answers where the test file holds the bare answer in a column."""
+    from holdfast.data import fill_template, raw_rows
+
+    if spec.prompt is None:
+        raise UserError("an `answer` column needs a `prompt` template, for example 'Question: {question}\\nAnswer:'.")
+    pairs = []
+    for i, row in enumerate(raw_rows(source, split=split, limit=spec.test_limit)):
+        where = f"{source}: row {i + 1}"
+        if column not in row:
+            raise UserError(f"{where} has no column '{column}'.{did_you_mean(column, row)}")
+        pairs.append((fill_template(spec.prompt, row, where), str(row[column]).strip()))
+    return pairs
 
 
 def _perplexity(spec: EvalSpec, examples: Dataset) -> EvalTask:
