@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from holdfast.diagnose import decompose, decompose_benchmarks
 from holdfast.diagnose.bootstrap import _sign_p, contrasts
 from holdfast.errors import UserError
@@ -145,9 +146,7 @@ def test_many_distinct_rows_and_few_agree():
     table = (rng.random((300, 3)) < 0.6).astype(float)
     noisy = table + rng.normal(0, 1e-9, table.shape)
     signs = {"d": (1, -1, 0, 0)}
-    few, many = (
-        contrasts([t], signs, confidence=0.95, resamples=20_000, seed=0)["d"].interval for t in (table, noisy)
-    )
+    few, many = (contrasts([t], signs, confidence=0.95, resamples=20_000, seed=0)["d"].interval for t in (table, noisy))
     assert few.low == pytest.approx(many.low, abs=3e-3)
     assert few.high == pytest.approx(many.high, abs=3e-3)
 

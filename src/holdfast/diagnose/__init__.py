@@ -12,7 +12,15 @@ _PUBLIC = {
     "Decomposition": "decomposition",
     "Interval": "bootstrap",
     "decompose": "decomposition",
+    "Request": "request",
+    "RestoreSettings": "restoring",
     "decompose_benchmarks": "decomposition",
+    "decompose_samples": "samples",
+    "diagnose": "diagnosis",
+    "overlap": "contamination",
+    "read_passages": "corpus",
+    "restore": "restoring",
+    "write_page": "page",
 }
 
 __all__ = sorted(_PUBLIC)

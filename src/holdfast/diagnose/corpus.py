@@ -37,10 +37,10 @@ def read_passages(
     """Stream the passages of a corpus in a fixed order.
 
     ``source`` is a file (plain text, or rows with a text ``column``: .jsonl, .json, .csv, .parquet; .gz of the text
-    kinds), a folder of them (by name, recursively), ``lab``, or a hub id (streamed, ``split``; ``name:config``). Lines
-    of plain text are joined up to ``passage_words`` words; longer lines and documents are cut there. Memory: one
-    passage (256 rows of a Parquet file; a .json file is read whole). Raises UserError for a source that isn't there or
-    holds no text.
+    kinds), a folder of them (by name, recursively), ``lab`` (its text for restoring; ``lab:train`` is what its model
+    was pretrained on), or a hub id (streamed, ``split``; ``name:config``). Lines of plain text are joined up to
+    ``passage_words`` words; longer lines and documents are cut there. Memory: one passage (256 rows of a Parquet file;
+    a .json file is read whole). Raises UserError for a source that isn't there or holds no text.
     """
     if passage_words < 1:
         raise UserError(f"passage_words must be at least 1, not {passage_words}")
@@ -54,11 +54,12 @@ def read_passages(
 
 def _passages(source: str, column: str, words: int, split: str) -> Iterator[Passage]:
     path = Path(source).expanduser()
-    if source == LAB:
-        from holdfast import lab
+    if source.split(":")[0] == LAB:
+        from holdfast.lab.corpus import corpus
 
-        for number, text in enumerate(lab.corpus(), start=1):
-            yield from _cut(text, f"lab:{number}", words)
+        part = source.partition(":")[2] or "restore"
+        for number, text in enumerate(corpus(part), start=1):  # type: ignore[arg-type]  # it checks the name
+            yield from _cut(text, f"{source}:{number}", words)
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in TEXT + TABLES)
         if not files:

@@ -91,12 +91,13 @@ def select(
     probe_tokens: int | None = None,
     benchmarks: Benchmarks | None = None,
     keep_contaminated: bool = False,
+    at_most: bool = False,
 ) -> Selection:
     """Choose the restoring text, ``tokens`` tokens of lowest perplexity, and a probing set by the same rule.
 
     ``probe_tokens`` is a quarter of ``tokens`` by default. Passages that hold an n-gram of ``benchmarks`` are counted
-    and, unless ``keep_contaminated``, left out. Memory: the chosen passages. Raises UserError when the corpus is too
-    small, with both numbers, or isn't the one that was ranked.
+    and, unless ``keep_contaminated``, left out. ``at_most`` takes what there is of a smaller corpus. Memory: the chosen
+    passages. Raises UserError when the corpus is too small, with both numbers, or isn't the one that was ranked.
     """
     if tokens < 1:
         raise UserError(f"the token budget must be at least 1, not {tokens}")
@@ -131,7 +132,7 @@ def select(
         "probing": _summary(probe),
         "contamination": report.to_dict() | {"excluded": not keep_contaminated, "checked": benchmarks is not None},
     }
-    _check_size(available, kept, probe, report)
+    _check_size(available, kept, probe, report, at_most)
     return Selection(kept.ranked(), probe.ranked(), account)
 
 
@@ -141,9 +142,9 @@ def _summary(lowest: Lowest) -> dict[str, Any]:
     return {"passages": len(ranked), "tokens": lowest.tokens, "highest_perplexity": highest}
 
 
-def _check_size(available: int, kept: Lowest, probe: Lowest, report: Report) -> None:
+def _check_size(available: int, kept: Lowest, probe: Lowest, report: Report, at_most: bool) -> None:
     why = f" ({report.passages:,} passages that hold benchmark text don't count)" if report.passages else ""
-    if available < kept.budget:
+    if available < kept.budget and not at_most:
         raise UserError(
             f"the corpus is smaller than the budget: {available:,} tokens are there for restoring{why}, "
             f"{kept.budget:,} are asked for; give more text or a budget of {available:,} tokens or less"
