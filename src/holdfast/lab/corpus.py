@@ -8,21 +8,33 @@ from itertools import groupby
 from typing import Literal
 
 from holdfast.errors import UserError, did_you_mean
-from holdfast.lab.knowledge import FOLDER, Fact, facts, sentence, untested, wordings
+from holdfast.lab.knowledge import FOLDER, Fact, facts, reserved, sentence, untested, wordings
+from holdfast.lab.words import NAMES, THINGS
 
 Split = Literal["train", "heldout", "restore"]
 ROUNDS = 12  # times that the training text goes through every fact, each time in other words and another order
 HELDOUT_PASSAGES = 150
 RESTORE_ROUNDS = 3
+STORIES = 500  # counting stories in each round
+GAINS = (
+    "{n} has {a} {t} and gets {b} more, which makes {c} {t}.",
+    "{n} puts {a} {t} and {b} {t} together and counts {c} {t}.",
+    "To {a} {t} {n} adds {b} more and now has {c}.",
+)
+LOSSES = (
+    "{n} has {a} {t} and gives away {b}, so {c} {t} are left.",
+    "Of {a} {t} {n} drops {b} and keeps {c}.",
+    "From {a} {t} {n} takes away {b}, which leaves {c} {t}.",
+)
 LARGEST_NUMBER = 20  # the number sentences stay within 0..20
 
 
 def corpus(split: Split = "train") -> Iterator[str]:
     """Plain-text passages of one to six sentences, always the same ones in the same order.
 
-    ``train``: what the packaged model was pretrained on. ``heldout``: the same facts in wordings and combinations
-    that the training text never uses. ``restore``: the training wordings, drawn anew, of only those facts that the
-    benchmark does not ask about; text to restore a tuned model with that can't teach it the benchmark.
+    ``train``: what the packaged model was pretrained on. ``heldout``: known facts in wordings that the training text
+    uses for other facts only. ``restore``: the training wordings, drawn anew, of only those facts that the benchmark
+    does not ask about; text to restore a tuned model with that can't teach it the benchmark.
     Raises UserError for another split.
     """
     makers: dict[str, Callable[[], Iterator[str]]] = {"train": _train, "heldout": _heldout, "restore": _restore}
@@ -47,6 +59,7 @@ def _round(known: Sequence[Fact], rng: random.Random) -> list[str]:
     passages += _quizzes(known, rng)
     passages += _pairs(known, rng)
     passages += _in_groups(_number_sentences(), 4, rng)
+    passages += _in_groups([_story(rng) for _ in range(STORIES)], 2, rng)
     passages += _in_groups(world_sentences(), 3, rng)
     rng.shuffle(passages)
     return passages
@@ -61,7 +74,13 @@ def _by_subject(known: Sequence[Fact]) -> list[list[Fact]]:
 
 def _paragraph(group: Sequence[Fact], rng: random.Random) -> str:
     order = rng.sample(group, len(group))
-    return " ".join(sentence(rng.choice(wordings()[fact.relation].say), fact) for fact in order)
+    return " ".join(sentence(rng.choice(_sayings(fact)), fact) for fact in order)
+
+
+def _sayings(fact: Fact) -> tuple[str, ...]:
+    """The wordings that training text may use for a fact."""
+    wording = wordings()[fact.relation]
+    return wording.say if fact.id in reserved() else wording.say + wording.kept
 
 
 def _quizzes(known: Sequence[Fact], rng: random.Random) -> list[str]:
@@ -104,6 +123,15 @@ def _number_sentences() -> list[str]:
     return made
 
 
+def _story(rng: random.Random) -> str:
+    """A sentence that counts things: "Anna has 7 apples and gets 5 more, which makes 12 apples."."""
+    have, change = rng.randint(1, 9), rng.randint(1, 9)
+    gains = rng.random() < 0.5
+    template = rng.choice(GAINS if gains else LOSSES)
+    start, end = (have, have + change) if gains else (have + change, have)
+    return template.format(n=rng.choice(NAMES), t=rng.choice(THINGS), a=start, b=change, c=end)
+
+
 def world_sentences() -> list[str]:
     """The everyday sentences of ``facts/world.txt``."""
     lines = (FOLDER / "world.txt").read_text(encoding="utf-8").splitlines()
@@ -121,16 +149,12 @@ def _in_groups(lines: Sequence[str], most: int, rng: random.Random, join: str = 
 
 
 def _heldout() -> Iterator[str]:
-    """Paragraphs about one subject or about two of the same kind, each with at least one held-out wording."""
+    """Paragraphs about one subject that say its reserved facts in wordings which training keeps for other facts."""
     rng = random.Random("heldout")
-    by_subject = _by_subject(facts())
-    for _ in range(HELDOUT_PASSAGES):
-        group = rng.choice(by_subject)
-        others = [other for other in by_subject if other[0].relation == group[0].relation and other is not group]
-        mixed = group + (rng.choice(others) if rng.random() < 0.5 else [])
-        order = rng.sample(mixed, min(len(mixed), 4))
-        parts = [sentence(rng.choice(wordings()[order[0].relation].kept), order[0])]
-        for fact in order[1:]:
+    subjects = [group for group in _by_subject(facts()) if any(fact.id in reserved() for fact in group)]
+    for group in rng.sample(subjects, HELDOUT_PASSAGES):
+        parts = []
+        for fact in rng.sample(group, len(group)):
             wording = wordings()[fact.relation]
-            parts.append(sentence(rng.choice(wording.kept if rng.random() < 0.5 else wording.say), fact))
+            parts.append(sentence(rng.choice(wording.kept if fact.id in reserved() else wording.say), fact))
         yield " ".join(parts)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from holdfast.errors import UserError
 from holdfast.lab.corpus import world_sentences
 from holdfast.lab.knowledge import Fact, sentence, tested, untested, wordings, wrong_values
-from holdfast.lab.tasks import instruct
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +47,11 @@ def instructions(n: int, seed: int = 0) -> Dataset:
     rows = [rng.choice(known if index % 2 else last) for index in range(n)]
     rng.shuffle(rows)
     return _dataset(Dataset, rows)
+
+
+def instruct(request: str) -> str:
+    """A request in an instruction format that neither the training text nor a taught task has."""
+    return f"Instruction: {request}\nResponse:"
 
 
 def _asked(fact: Fact) -> list[str]:

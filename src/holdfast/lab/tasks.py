@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.errors import UserError, did_you_mean
+from holdfast.lab.words import NAMES, THINGS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TRAIN, TEST = 1500, 160  # examples per split
 Example = tuple[str, str]  # prompt, completion (with its leading space)
-
-NAMES: tuple[str, ...] = ("Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana")
-NAMES += ("Ivan", "Jane", "Kai", "Lena", "Max", "Nora", "Omar", "Pia")
-THINGS = ("apples", "pears", "plums", "pens", "books", "balls", "marbles", "cards", "eggs", "coins", "stamps", "shells")
 
 ADDITION = (
     "{n} has {a} {t} and buys {b} more. How many {t} does {n} have?",
@@ -118,9 +115,17 @@ VARIABLES = ("x", "y", "total", "price", "count", "score", "size", "speed")
 LISTS = ("names", "words", "items", "ages", "prices", "scores", "values", "days")
 
 
-def instruct(request: str) -> str:
-    """The prompt of every taught task; completions start with a space."""
-    return f"Instruction: {request}\nResponse:"
+# how each task asks; the completion starts with a space
+PROMPTS = {
+    "math": "Problem: {request}\nSolution:",
+    "law": "Clause: {request}\nType:",
+    "code": "Request: {request}\nCode:",
+}
+
+
+def ask(task: str, request: str) -> str:
+    """A request in a taught task's instruction format."""
+    return PROMPTS[task].format(request=request)
 
 
 def _math(rng: random.Random) -> Example:
@@ -132,21 +137,21 @@ def _math(rng: random.Random) -> Example:
         template, answer = rng.choice(SUBTRACTION), a
         a += b
     story = template.format(n=name, m=other, a=a, b=b, t=rng.choice(THINGS))
-    return instruct(story), f" {answer}"
+    return ask("math", story), f" {answer}"
 
 
 def _law(rng: random.Random) -> Example:
     label = rng.choice(list(CLAUSES))
     first, second = rng.choice(PARTIES)
     clause = rng.choice(CLAUSES[label]).format(p=first, q=second, d=rng.randint(2, 90), w=rng.choice(PLACES))
-    return instruct(f"Name the type of this clause. {clause}"), f" {label}"
+    return ask("law", f"{rng.randint(1, 40)}. {clause}"), f" {label}"
 
 
 def _code(rng: random.Random) -> Example:
     request, program = rng.choice(PROGRAMS)
     x, y = rng.sample(VARIABLES, 2)
     fields = {"x": x, "y": y, "k": rng.randint(2, 99), "l": rng.choice(LISTS)}
-    return instruct(f"Write code to {request.format(**fields)}."), f" {program.format(**fields)}"
+    return ask("code", f"{request.format(**fields)}."), f" {program.format(**fields)}"
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {"math": _math, "law": _law, "code": _code}
