@@ -93,6 +93,8 @@ def test_the_same_tokens_and_labels_as_trl(kind: str, tmp_path: Path) -> None:
     tokenizer, max_length = make_tokenizer(template, bos), 40
     dataset = Dataset.from_list(rows)
     report = check_supervised(dataset, tokenizer, max_length, nothing="report")
+    whole = sum(len(example.ids) - example.start for example in tokenized(dataset, tokenizer))
+    assert report.lost == whole - report.supervised
     ours = []
     for row, example in enumerate(tokenized(dataset, tokenizer)):
         ids = example.ids[:max_length]
