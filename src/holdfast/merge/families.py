@@ -139,9 +139,37 @@ METHODS: dict[str, Family] = {
 }  # fmt: skip
 
 
-def family(method: str) -> Family:
-    """The row for a method's name (``-`` and ``_`` are the same); unknown names raise ``UserError``."""
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dare_linear": ("dare", {"consensus": "linear"}),
+    "dare_ties": ("dare", {"consensus": "ties"}),
+    "wiseft": ("wise_ft", {}),
+    "sfa": ("wise_ft", {}),
+}
+
+
+def resolve(method: str, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Canonical name (``-`` and ``_`` are the same) and all settings; unknown ones raise ``UserError``."""
     name = method.lower().replace("-", "_")
+    name, extra = ALIASES.get(name, (name, {}))
     if name not in METHODS:
-        raise UserError(f"there is no merge method '{method}'.{did_you_mean(name, METHODS)}")
-    return METHODS[name]
+        raise UserError(f"there is no merge method '{method}'.{did_you_mean(name, [*METHODS, *ALIASES])}")
+    given = {key: value for key, value in {**extra, **settings}.items() if value is not None}
+    if name == "wise_ft" and "beta" in given:  # the SFA paper's weight of the old model
+        given["alpha"] = 1 - _number("beta", given.pop("beta"))
+    known = METHODS[name].settings
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"method '{name}' has no setting '{key}'.{did_you_mean(key, known)}")
+        if isinstance(known[key], float):
+            given[key] = float(_number(key, value))
+        elif type(known[key]) is int:
+            given[key] = int(_number(key, value))
+        elif isinstance(known[key], bool) and not isinstance(value, bool):
+            raise UserError(f"{key} must be true or false, not {value!r}.")
+    return name, {**known, **given}
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key} must be a number, not {value!r}.")
+    return value

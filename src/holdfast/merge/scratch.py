@@ -11,7 +11,7 @@ import numpy as np
 
 from holdfast.merge.numbers import Array
 
-CHUNK = 1 << 16  # numbers worked on at a time: float32 copies of a few inputs stay in the L2 cache
+CHUNK = 1 << 17  # numbers worked on at a time: few enough for the cache, enough to make Python's share small
 
 
 class Scratch:

@@ -14,7 +14,7 @@ from holdfast.merge.select import NO_LIMIT, Cut, Narrowing, cut_in_memory, index
 if TYPE_CHECKING:
     from holdfast.merge.formulas import Numbers
 
-IN_MEMORY = 1 << 21  # numbers partitioned in memory; longer tensors are counted block by block
+IN_MEMORY = 1 << 20  # numbers partitioned in memory; longer tensors are counted block by block
 BLOCK = 1 << 20
 SPOTS = 64  # places sampled for the first guess
 SPOT = 1024
@@ -29,7 +29,7 @@ def tensor_cuts(numbers: Numbers, models: int, density: float, threads: int) -> 
 
     def small(name: str, size: int) -> Job:
         def run(scratch: Scratch) -> None:
-            cuts[name] = tuple(_partition(numbers, name, size, which, density, scratch) for which in range(models))
+            cuts[name] = _partition(numbers, name, size, models, density, scratch)
 
         return run
 
@@ -65,10 +65,13 @@ def _delta_bits(
             magnitude_bits(delta, into(which)[low - start : high - start])
 
 
-def _partition(numbers: Numbers, name: str, size: int, which: int, density: float, scratch: Scratch) -> Cut:
-    bits = scratch.get("bits", np.uint32, size)
-    _delta_bits(numbers, (name, 0, size), [which], scratch, lambda _: bits)
-    return cut_in_memory(bits, kept_count(size, density), True, scratch.get("spare", np.uint32, size))
+def _partition(
+    numbers: Numbers, name: str, size: int, models: int, density: float, scratch: Scratch
+) -> tuple[Cut, ...]:
+    bits = [scratch.get(f"bits{which}", np.uint32, size) for which in range(models)]
+    _delta_bits(numbers, (name, 0, size), range(models), scratch, bits.__getitem__)
+    keep, spare = kept_count(size, density), scratch.get("spare", np.uint32, size)
+    return tuple(cut_in_memory(one, keep, True, spare) for one in bits)
 
 
 def _narrow(
@@ -83,11 +86,12 @@ def _narrow(
 
         def count(stretch: Stretch, these: tuple[int, ...] = tuple(open_)) -> Job:
             def run(scratch: Scratch) -> None:
-                length = stretch[2] - stretch[1]
-                arrays = {i: scratch.get(f"bits{i}", np.uint32, length) for i in these}
-                _delta_bits(numbers, stretch, these, scratch, arrays.__getitem__)
-                for i in these:
-                    chosen[i].add(arrays[i])
+                for low in range(stretch[1], stretch[2], CHUNK):  # counted while still in the cache
+                    high = min(stretch[2], low + CHUNK)
+                    arrays = {i: scratch.get(f"bits{i}", np.uint32, high - low) for i in these}
+                    _delta_bits(numbers, (stretch[0], low, high), these, scratch, arrays.__getitem__)
+                    for i in these:
+                        chosen[i].add(arrays[i])
 
             return run
 
