@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 from holdfast.evaluate.tasks import EvalTask, Item
 
 if TYPE_CHECKING:
+    from holdfast.evaluate.harness import PrefixSharingLM
     from holdfast.evaluate.measuring import measure, summarize
 
 # public name -> module; heavy modules are imported on first use
 _PUBLIC = {
     "measure": "holdfast.evaluate.measuring",
     "summarize": "holdfast.evaluate.measuring",
+    "PrefixSharingLM": "holdfast.evaluate.harness",
 }
 
-__all__ = ["EvalTask", "Item", "measure", "summarize"]
+__all__ = ["EvalTask", "Item", "PrefixSharingLM", "measure", "summarize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,14 +36,15 @@ class Score:
 class Engine:
     """Scores and generates with an in-memory causal LM.
 
-    ``batch_tokens``: tokens (padding included) of one forward; None picks by device. On out-of-memory it is halved
-    and the batch run again, except with sharded weights, where one rank can't retry alone.
+    ``batch_tokens``: tokens (padding included) of one forward; None picks by device. ``max_rows``: questions of one.
+    On out-of-memory the batch is halved and run again, except with sharded weights, where one rank can't retry alone.
     """
 
-    def __init__(self, model: nn.Module, batch_tokens: int | None = None) -> None:
+    def __init__(self, model: nn.Module, batch_tokens: int | None = None, max_rows: int | None = None) -> None:
         self.forward = Forward(model)
         device = self.forward.device
         self.batch_tokens = batch_tokens or (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS)
+        self.max_rows = max_rows
         self.trunk_cost = 64 if device.type == "cpu" else 1024
         self._checked = False
 
@@ -91,7 +92,7 @@ class Engine:
             share = self.forward.packed
             vocabulary = self.forward.model.get_input_embeddings().weight.shape[0]
             budget = max(1, min(self.batch_tokens, HEAD_VALUES // vocabulary))
-            plan = batches(questions, budget, share=share, cost=self.trunk_cost, memory=16 * budget)
+            plan = batches(questions, budget, share=share, cost=self.trunk_cost, memory=16 * budget, most=self.max_rows)
             scores = self._score(questions, plan, share=share, on_item=on_item)
             if finish:
                 self.forward.finish()

@@ -98,6 +98,7 @@ def generate_texts(
     max_new_tokens: int | Sequence[int],
     stop: Sequence[str] | Sequence[Sequence[str]] = (),
     limit: int,
+    special: bool | None = None,
     on_item: Callable[[int], None] | None = None,
     sample: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Output]:
@@ -112,7 +113,7 @@ def generate_texts(
     one = tuple(mark for mark in stop if isinstance(mark, str))
     each = [one] * len(prompts) if one or not stop else [tuple(marks) for marks in stop]
     asked = []
-    for index, (prompt, ids) in enumerate(zip(prompts, _encode(tokenizer, prompts))):
+    for index, (prompt, ids) in enumerate(zip(prompts, _encode(tokenizer, prompts, special))):
         if isinstance(ids, str):
             outputs[index].error = ids
             continue
@@ -133,14 +134,14 @@ def generate_texts(
     return outputs
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int] | str]:
+def _encode(tokenizer: Any, prompts: Sequence[str], special: bool | None) -> list[list[int] | str]:
     try:
-        return list(text.encode(tokenizer, prompts))
+        return list(text.encode(tokenizer, prompts, special))
     except Exception:
         found: list[list[int] | str] = []
         for prompt in prompts:
             try:
-                found.append(text.encode(tokenizer, [prompt])[0])
+                found.append(text.encode(tokenizer, [prompt], special)[0])
             except Exception as error:
                 found.append(f"can't be tokenized: {error}")
         return found

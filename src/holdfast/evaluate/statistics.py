@@ -1,88 +1,34 @@
-"""Intervals and paired tests on per-item outcomes; numpy only."""
+"""Statistics on per-item outcomes: intervals of one checkpoint, paired tests between two, ranges over seeds."""
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
+from holdfast.evaluate.intervals import Estimate, McNemar, SeedRange, mean_interval, ratio_interval, wilson
+from holdfast.evaluate.paired import (
+    drop_bounds,
+    holm,
+    items_needed,
+    mcnemar,
+    minimum_detectable_drop,
+    paired_bootstrap,
+    paired_interval,
+    power,
+    seed_range,
+)
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-from holdfast.errors import UserError
-
-Array = NDArray[np.float64]
-Interval = tuple[float, float, float]  # value, low, high
-
-
-def _values(scores: ArrayLike, name: str = "scores") -> Array:
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1:
-        raise UserError(f"{name} must be one-dimensional, got shape {values.shape}.")
-    return values
-
-
-def z_value(confidence: float, sides: int = 2) -> float:
-    """Standard normal quantile of a one- or two-sided interval."""
-    return NormalDist().inv_cdf(1.0 - (1.0 - confidence) / sides)
-
-
-def t_value(confidence: float, freedom: int) -> float:
-    """Two-sided Student t quantile, by bisection on the regularised incomplete beta function."""
-    if freedom < 1:
-        return float("inf")
-    low, high, tail = 0.0, 1e4, 1.0 - confidence
-    for _ in range(80):
-        middle = (low + high) / 2
-        if _t_tail(middle, freedom) > tail:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _t_tail(t: float, freedom: int) -> float:
-    """Two-sided tail probability of Student's t: numeric integral of the density in x = √ν·tan u."""
-    upper = math.atan(t / math.sqrt(freedom))
-    u = np.linspace(0.0, upper, 2001)
-    density = np.cos(u) ** (freedom - 1)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    weight = np.ones(2001)
-    weight[1:-1:2], weight[2:-1:2] = 4.0, 2.0
-    return 1.0 - 2.0 * scale * float((density * weight).sum()) * upper / 2000 / 3.0
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
-    if n == 0:
-        return float("nan"), float("nan"), float("nan")
-    p, z = successes / n, z_value(confidence)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(scores: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean with Wilson's interval for 0/1 scores, Student's t otherwise; NaN without scores."""
-    values = _values(scores)
-    n = len(values)
-    if n == 0 or np.isin(values, (0.0, 1.0)).all():
-        return wilson(float(values.sum()), n, confidence)
-    if n == 1:
-        return float(values[0]), float("-inf"), float("inf")
-    half = t_value(confidence, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
-    mean = float(values.mean())
-    return mean, mean - half, mean + half
-
-
-def ratio_interval(scores: ArrayLike, weights: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Σ scores / Σ weights over independent texts, with a Student-t interval by the delta method."""
-    values, weight = _values(scores), _values(weights, "weights")
-    n = len(values)
-    if n == 0 or weight.sum() <= 0:
-        return float("nan"), float("nan"), float("nan")
-    ratio = float(values.sum() / weight.sum())
-    if n == 1:
-        return ratio, float("-inf"), float("inf")
-    residual = (values - ratio * weight) / weight.mean()
-    half = t_value(confidence, n - 1) * float(np.sqrt((residual**2).sum() / (n - 1) / n))
-    return ratio, ratio - half, ratio + half
+__all__ = [
+    "Estimate",
+    "McNemar",
+    "SeedRange",
+    "drop_bounds",
+    "holm",
+    "items_needed",
+    "mcnemar",
+    "mean_interval",
+    "minimum_detectable_drop",
+    "paired_bootstrap",
+    "paired_interval",
+    "power",
+    "ratio_interval",
+    "seed_range",
+    "wilson",
+]

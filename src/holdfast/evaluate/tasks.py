@@ -37,7 +37,7 @@ class EvalTask:
     """A named list of items and the rule that scores them.
 
     kind choice: prompt and choice are concatenated as given (the choice carries its leading space); ``acc`` takes
-    the choice of highest log-likelihood, ``acc_norm`` the highest per character of the choice (as lm-eval's code has it;
+    the choice of highest log-likelihood, ``acc_norm`` the highest per character of the choice (as lm-eval's code;
     its documents say bytes), ``acc_bytes`` the highest per UTF-8 byte.
     kind generate: greedy text up to the first ``stop`` string or ``max_new_tokens``; ``extract`` is a regex whose last
     match's group 1 is compared with the answer, both stripped (None: the whole text).

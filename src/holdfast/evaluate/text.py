@@ -51,7 +51,9 @@ def encode(tokenizer: Any, texts: Sequence[str], special: bool | None = None) ->
     return [list(ids) for ids in tokenizer(list(texts), verbose=False, **options)["input_ids"]]
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], special: bool | None = None, prefix: int | None = None
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(context, continuation) token ids: spaces that end the context move to the continuation, then the whole is cut
     where the context's own encoding ends. An empty context becomes the prefix token."""
     moved = []
@@ -59,10 +61,10 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
         bare = context.rstrip()
         moved.append((bare, context[len(bare) :] + continuation))
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
-    length = dict(zip(contexts, map(len, encode(tokenizer, contexts))))
-    wholes = iter(encode(tokenizer, [context + text for context, text in moved if context]))
+    length = dict(zip(contexts, map(len, encode(tokenizer, contexts, special))))
+    wholes = iter(encode(tokenizer, [context + text for context, text in moved if context], special))
     alone = iter(encode(tokenizer, [text for context, text in moved if not context], special=False))
-    start = prefix_token(tokenizer)
+    start = prefix_token(tokenizer) if prefix is None else prefix
     encoded = []
     for context, _ in moved:
         if context:

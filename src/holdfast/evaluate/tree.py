@@ -163,12 +163,18 @@ def _best_blocks(shared: Ints, count: int, cost: int) -> list[tuple[int, int, in
 
 
 def batches(
-    questions: Sequence[Question], budget: int, *, share: bool = True, cost: int = 64, memory: int | None = None
+    questions: Sequence[Question],
+    budget: int,
+    *,
+    share: bool = True,
+    cost: int = 64,
+    memory: int | None = None,
+    most: int | None = None,
 ) -> list[Batch]:
     """Plan the forwards: trunks, then rows of like length, at most ``budget`` tokens (padding included) each.
 
-    ``memory`` bounds rows × (trunk + width), the cached keys of one forward. Without ``share`` each continuation is a
-    row of its own, for models that take no block mask.
+    ``memory`` bounds rows × (trunk + width), the cached keys of one forward; ``most`` the rows. Without ``share`` each
+    continuation is a row of its own, for models that take no block mask.
     """
     if not share:
         rows = [
@@ -176,11 +182,11 @@ def batches(
             for q, asked in enumerate(questions)
             for k, tokens in enumerate(asked.continuations)
         ]
-        return _pack((), rows, budget, None)
+        return _pack((), rows, budget, None, most)
     plan: list[Batch] = []
     for trunk, members in trunks([asked.context for asked in questions], cost):
         rows = [build_row(q, questions[q], len(trunk)) for q in members]
-        plan.extend(_pack(trunk, rows, budget, memory))
+        plan.extend(_pack(trunk, rows, budget, memory, most))
     return plan
 
 
@@ -189,7 +195,7 @@ def _chain_pairs(asked: Question, k: int) -> list[tuple[int, int, int]]:
     return [(start + i, target, k) for i, target in enumerate(asked.continuations[k])]
 
 
-def _pack(trunk: tuple[int, ...], rows: list[Row], budget: int, memory: int | None) -> list[Batch]:
+def _pack(trunk: tuple[int, ...], rows: list[Row], budget: int, memory: int | None, most: int | None) -> list[Batch]:
     """Longest rows first, so that the first batch shows at once whether the budget fits the memory."""
     plan: list[Batch] = []
     for row in sorted(rows, key=len, reverse=True):
@@ -197,7 +203,7 @@ def _pack(trunk: tuple[int, ...], rows: list[Row], budget: int, memory: int | No
         width = len(last.rows[0]) if last else 0
         count = len(last.rows) + 1 if last else 0
         full = last is None or count * width > budget or (memory is not None and count * (len(trunk) + width) > memory)
-        if last is None or full:
+        if last is None or full or (most is not None and count > most):
             plan.append(Batch(trunk, [row]))
         else:
             last.rows.append(row)
