@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from holdfast.files import digest, write_json
+from holdfast.files import canonical, digest, write_json
 from holdfast.landscape.ranks import Ranks
 from holdfast.landscape.weights import Mover
 
@@ -35,6 +35,8 @@ class PointCache:
             if self.ranks.rank == 0:
                 write_json(self.folder / "scan.json", self._key)
             self._file = (self.folder / f"points-{self.ranks.rank}.jsonl").open("a", encoding="ascii")
+            if self._file.tell():
+                self._file.write("\n")  # ends a line that a crash cut off
         return self
 
     def __exit__(
@@ -47,7 +49,7 @@ class PointCache:
         """Losses of the points that are done, by point number; the same on every rank."""
         found: dict[int, float] = {}
         for path in sorted(self.folder.glob("points-*.jsonl")) if self.folder is not None else ():
-            for line in path.read_text(encoding="ascii").splitlines():
+            for line in path.read_text(encoding="ascii").split():
                 try:
                     entry = json.loads(line)
                     found[int(entry["point"])] = float(entry["loss"])
@@ -58,7 +60,7 @@ class PointCache:
     def add(self, point: int, loss: float) -> None:
         """Keep a finished point; on disk when this returns."""
         if self._file is not None and (self.ranks.split != "data" or self.ranks.rank == 0):
-            self._file.write(json.dumps({"point": point, "loss": repr(loss)}) + "\n")
+            self._file.write(canonical({"point": point, "loss": repr(loss)}) + "\n")
             self._file.flush()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.landscape.objective import Objective
 from holdfast.landscape.ranks import Ranks
-from holdfast.landscape.weights import Mover, is_sharded
+from holdfast.landscape.weights import Mover, is_sharded, reshard
 
 
 def gradient(mover: Mover, objective: Objective, ranks: Ranks) -> list[Tensor]:
@@ -19,6 +19,7 @@ def gradient(mover: Mover, objective: Objective, ranks: Ranks) -> list[Tensor]:
 
     The parameters' own ``.grad`` is left as it was. Cost: one forward and backward over the subset.
     """
+    reshard(mover.model)  # else the root's parameters are the gathered ones, and those get no gradient
     parameters = _parameters(mover)
     parts = list(range(objective.parts))
     mine = parts[ranks.rank :: ranks.world] if ranks.split == "data" and len(parts) > 1 else parts

@@ -68,7 +68,7 @@ def line(
         raise UserError(f"a line needs at least 3 points and beyond >= 0, not {points} and {beyond}")
     objective = objective_of(data, tokenizer, compute=compute, **subset)
     inner = np.linspace(0.0, 1.0, points)
-    outer = np.linspace(0.0, beyond, 2 + round(beyond * (points - 1)))[1:] if beyond else np.array([])
+    outer = np.linspace(0.0, beyond, 1 + max(1, round(beyond * (points - 1))))[1:] if beyond else np.array([])
     positions = np.concatenate([-outer[::-1], inner, 1 + outer])
     first = Checkpoint(start) if start is not None else None
     with moving(model, scope) as mover, torch.no_grad():

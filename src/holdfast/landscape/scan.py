@@ -79,9 +79,9 @@ def surface(
     clock = Clock()
     with moving(model, scope) as mover, torch.no_grad():
         ranks = Ranks.of(mover.model, split)
-        pair, how = _directions(mover, directions, seed, memory)
+        pair, names, how = _directions(mover, ranks, directions, seed, memory)
         points = [(a, b) for a in alphas.tolist() for b in betas.tolist()]
-        key = _key(mover, ranks, objective, pair, points) if cache is not None else {}
+        key = _key(mover, ranks, objective, names, points) if cache is not None else {}
         with PointCache(cache, key, ranks) as kept:
             losses = _scan(mover, pair, objective, ranks, points, kept, clock, on_point)
         found = losses.get(points.index((0.0, 0.0))) if (0.0, 0.0) in points else None
@@ -132,20 +132,20 @@ def axes(grid: int, extent: Range, directions: Directions) -> tuple[Array, Array
 
 
 def _directions(
-    mover: Mover, directions: Directions, seed: int, memory: Memory
-) -> tuple[list[Direction], dict[str, Any]]:
-    """The two directions, ready to be read, and how they were made."""
+    mover: Mover, ranks: Ranks, directions: Directions, seed: int, memory: Memory
+) -> tuple[list[Direction], list[str], dict[str, Any]]:
+    """The two directions, ready to be read; a name of each for the cache; and how they were made."""
     if isinstance(directions, Plane):
-        stored = plan(mover.cells, "stored").as_dict()
-        return list(directions.directions), {
-            "directions": directions.kind, "explained": list(directions.explained), "plan": stored
-        }  # fmt: skip
+        how: dict[str, Any] = {"directions": directions.kind, "explained": list(directions.explained)}
+        fixed = list(directions.directions)
+        return list(fixed), _digests(fixed, ranks), how | {"plan": plan(mover.cells, "stored").as_dict()}
     if not isinstance(directions, str):
         given = list(directions)
         if len(given) != 2:
             raise UserError(f"a surface needs two directions, not {len(given)}")
-        pair: list[Direction] = [Stored.from_tensors(tensors, mover) for tensors in given]
-        return pair, {"directions": "given", "plan": plan(mover.cells, "stored").as_dict()}
+        pair = [Stored.from_tensors(tensors, mover) for tensors in given]
+        how = {"directions": "given", "plan": plan(mover.cells, "stored").as_dict()}
+        return list(pair), _digests(pair, ranks), how
     if directions not in KINDS:
         raise UserError(f"unknown directions '{directions}'.{did_you_mean(directions, KINDS)}")
     made: Plan = plan(mover.cells, memory)
@@ -153,7 +153,8 @@ def _directions(
     for noise in noises:
         noise.prepare(mover)
     ready: list[Direction] = [Stored.of(n, mover) for n in noises] if made.memory == "stored" else list(noises)
-    return ready, {"directions": directions, "seed": seed, "plan": made.as_dict()}
+    names = [f"{directions}/{seed}/{noise.number}" for noise in noises]  # the same bits, stored or not
+    return ready, names, {"directions": directions, "seed": seed, "plan": made.as_dict()}
 
 
 def _scan(
@@ -188,7 +189,7 @@ def _loss_at(
 
 
 def _key(
-    mover: Mover, ranks: Ranks, objective: Objective, pair: Sequence[Direction], points: list[tuple[float, float]]
+    mover: Mover, ranks: Ranks, objective: Objective, names: list[str], points: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """Everything that decides the losses of a scan. Raises UserError for a function without a name."""
     data = objective.fingerprint()
@@ -196,7 +197,7 @@ def _key(
         raise UserError("a cache needs to know what is measured: pass FunctionLoss(function, name='…') as data")
     return {
         "weights": weights_digest(mover, ranks),
-        "directions": [_described(direction, ranks) for direction in pair],
+        "directions": names,
         "data": data,
         "points": points,
         "torch": torch.__version__,
@@ -204,14 +205,16 @@ def _key(
     }
 
 
-def _described(direction: Direction, ranks: Ranks) -> str:
-    if isinstance(direction, Noise):
-        return f"{direction.kind}/{direction.seed}/{direction.number}"
-    whole = hashlib.sha256()
-    for name, part in cast(Stored, direction).parts.items():
-        whole.update(name.encode())
-        whole.update(part.cpu().numpy().tobytes())
-    return str(ranks.agree(whole.hexdigest()) if ranks.split == "data" else whole.hexdigest())
+def _digests(directions: Sequence[Stored], ranks: Ranks) -> list[str]:
+    """Names of stored directions by their content."""
+    names = []
+    for direction in directions:
+        whole = hashlib.sha256()
+        for name, part in direction.parts.items():
+            whole.update(name.encode())
+            whole.update(part.cpu().numpy().tobytes())
+        names.append(str(ranks.agree(whole.hexdigest()) if ranks.split == "data" else whole.hexdigest()))
+    return names
 
 
 def _geometry(table: list[list[float]], alphas: Array, betas: Array) -> dict[str, Any]:
