@@ -26,8 +26,9 @@ class Anchor(Protocol):
 class Snapshot:
     """A copy of the weights as they are now. Cost: one (sharded) copy of the trainable weights."""
 
-    def __init__(self, params: Params) -> None:
-        self._copies = dict(zip(params, copies(params.values()), strict=True))
+    def __init__(self, params: Params, device: str | None = None) -> None:
+        made = copies(params.values()) if device is None else [local(p).to(device, copy=True) for p in params.values()]
+        self._copies = dict(zip(params, made, strict=True))
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Snapshot:

@@ -36,6 +36,43 @@ Grad = Callable[[], "Tensor | None"]
 """Leaves in ``p.grad`` the gradient of the mean loss over the whole window and returns that loss; may be repeated."""
 
 
+Keep = Literal["device", "cpu", "disk"]
+"""Where θ₀ lives between uses."""
+
+
+class Probe(typing.Protocol):
+    """Single examples and their likelihood under the current weights, in evaluation mode; made by the host."""
+
+    def tasks(self) -> list[str]:
+        """Names of the past tasks whose data is there, oldest first."""
+        ...
+
+    def examples(self, task: str | None, count: int, seed: int) -> list[Any]:
+        """Up to ``count`` examples of a past task (None: of the task being trained), drawn without replacement."""
+        ...
+
+    def log_likelihood(self, examples: Sequence[Any], labels: str, generator: torch.Generator) -> Tensor:
+        """Sum over examples and supervised tokens of log p(label), in nats, with its graph.
+
+        ``labels``: those of the ``data``, or sampled from the ``model``.
+        """
+        ...
+
+
+@dataclass
+class Batch:
+    """A micro-batch as the loss seam sees it."""
+
+    inputs: dict[str, Any]
+    weight: Any  # of one supervised token: a sum over tokens times this is the micro-batch's part of the window's mean
+    forward: Callable[[], Tensor]  # logits of the current weights in evaluation mode, without graph
+    want_logits: bool = False  # set before the inner loss runs to get `logits`
+    logits: Tensor | None = None  # at supervised positions, (tokens, vocabulary), with their graph
+
+
+LossFn = Callable[[Batch], Tensor]
+
+
 @dataclass
 class Memory(Mapping[str, Any]):
     """What is kept of the past for the data seam: past tasks' training sets by name, oldest first.
@@ -68,19 +105,21 @@ class Context:
     total: int = 0  # optimizer steps of the task
     seed: int = 0
     optimizer: torch.optim.Optimizer | None = None
-    find_anchor: Callable[[str, bool], Anchor] | None = None
+    find_anchor: Callable[[str, Keep], Anchor] | None = None
     log: Callable[[str, float], None] = lambda name, value: None
     logging_due: Callable[[], bool] = lambda: True
-    past: Any = None  # statistics of past data: see holdfast.methods.fisher
+    probe: Probe | None = None  # likelihoods of single examples
+    resuming: bool = False  # load_state_dict will follow: costly state need not be made
     _snapshot: Anchor | None = None
 
-    def anchor(self, which: str = "task", *, resident: bool = True) -> Anchor:
+    def anchor(self, which: str = "task", keep: Keep = "device") -> Anchor:
         """θ₀: ``task`` (start of the task), ``base`` (start of the stream) or a checkpoint folder.
 
-        ``resident=False`` lets a folder be streamed at each use instead of being kept in memory.
+        ``keep``: a copy on the ``device``, a copy in ``cpu`` memory, or read from ``disk`` at each use; without a
+        folder to read from, ``disk`` is a copy on the device.
         """
         if self.find_anchor is not None:
-            return self.find_anchor(which, resident)
+            return self.find_anchor(which, keep)
         if self._snapshot is None:
             self._snapshot = Snapshot(self.params)
         return self._snapshot
@@ -97,7 +136,7 @@ class Method:
         """The training set to use instead of ``task``, given past tasks' training sets."""
         return task
 
-    def loss(self, loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def loss(self, loss_fn: LossFn) -> LossFn:
         """The function of a micro-batch to minimise instead of ``loss_fn``."""
         return loss_fn
 
@@ -162,7 +201,7 @@ def apply_data(methods: Sequence[Method], task: Any, memory: Mapping[str, Any]) 
     return task
 
 
-def compose_loss(methods: Sequence[Method], loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+def compose_loss(methods: Sequence[Method], loss_fn: LossFn) -> LossFn:
     """The loss seam of a list of methods."""
     for method in with_seam(methods, "loss"):
         loss_fn = method.loss(loss_fn)

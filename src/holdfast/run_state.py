@@ -15,6 +15,7 @@ from holdfast.files import write_json
 from holdfast.method import Method
 from holdfast.tensors import Params, local
 
+START = "start of training"  # how the host keys the weights that training started from
 FOLDER = "holdfast"  # in the output directory (anchors) and in each checkpoint (state of methods)
 
 
@@ -53,17 +54,17 @@ def load(checkpoint: Path, rank: str, methods: Sequence[Method], params: Params)
         method.load_state_dict({**entry["state"], **own})
 
 
-def save_anchor(output: Path, rank: str, anchor: Snapshot) -> None:
+def save_start(output: Path, rank: str, start: Snapshot) -> None:
     """Write the starting weights once per run, so that an interrupted run finds its θ₀ again."""
     path = output / FOLDER / f"start-{rank}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: part.contiguous() for name, part in anchor.tensors().items()}, str(path))
+    save_file({name: part.contiguous() for name, part in start.tensors().items()}, str(path))
 
 
-def load_anchors(output: Path, rank: str, params: Params) -> dict[tuple[str, bool], Anchor]:
-    """The starting weights that :func:`save_anchor` wrote, if it did, as the host keys them."""
+def load_start(output: Path, rank: str, params: Params) -> dict[str, Anchor]:
+    """The starting weights that :func:`save_start` wrote, if it did, as the host keys them."""
     path = output / FOLDER / f"start-{rank}.safetensors"
     if not path.is_file():
         return {}
     parts = load_file(str(path))
-    return {("start", True): Snapshot.of({name: parts[name].to(local(p).device) for name, p in params.items()})}
+    return {START: Snapshot.of({name: parts[name].to(local(param).device) for name, param in params.items()})}

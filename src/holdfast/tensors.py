@@ -7,21 +7,17 @@ on the local part; only sums over all elements need the other ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Params = Mapping[str, nn.Parameter]
 
 
 def as_dtensor(tensor: Tensor) -> DTensor | None:
     """The tensor as a DTensor if it is one (sharded or replicated over a device mesh), else None."""
-    from torch.distributed.tensor import DTensor
-
     return tensor if isinstance(tensor, DTensor) else None
 
 
@@ -53,11 +49,10 @@ def clean(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory (writes go through)."""
-    sharded = as_dtensor(tensor)
-    return sharded.to_local() if sharded is not None else tensor.detach()
+    plain = tensor.detach()
+    return plain.to_local() if isinstance(plain, DTensor) else plain
 
 
 def locals_(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -158,8 +153,6 @@ def shard_like(full: Tensor, like: Tensor, keep_dtype: bool = False) -> Tensor:
     moved = full.to(device=target.device, dtype=full.dtype if keep_dtype else target.dtype)
     if sharded is None:
         return moved
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(moved, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
 
 

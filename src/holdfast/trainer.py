@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,20 @@ from holdfast import run_state, tensors
 from holdfast.anchor import Anchor, Folder, Snapshot, aliases
 from holdfast.errors import UserError
 from holdfast.method import (
+    Batch,
     Context,
+    Keep,
     Memory,
     Method,
     apply_checkpoint,
     apply_data,
     compose_gradient,
+    compose_loss,
     with_seam,
 )
-from holdfast.unsupported import refuse_unsupported
+from holdfast.probe import ModelProbe, evaluating, forward_logits, supervised
+from holdfast.run_state import START
+from holdfast.unsupported import is_sft, refuse_unsupported
 from holdfast.window import Window, WindowGradient, counters, restore_counters
 
 T = TypeVar("T", bound=type)
@@ -64,7 +69,7 @@ class MethodsMixin(Trainer):
         self.methods = checked(methods)
         self._anchor_paths = {"task": anchor, "base": base or anchor}
         self._past_data = dict(memory or {})
-        self._anchors: dict[tuple[str, bool], Anchor] = {}
+        self._anchors: dict[str, Anchor] = {}
         self._measured: dict[str, list[float]] = {}
         self._resumed_from: str | None = None
         self._gradient: Callable[[], Tensor | None] | None = None
@@ -124,17 +129,17 @@ class MethodsMixin(Trainer):
             raise UserError("The model has no trainable parameters.")
         resumed = None if self._resumed_from is None else Path(self._resumed_from)
         if resumed is not None:
-            self._anchors |= run_state.load_anchors(resumed.parent, self._rank_file(), self._params)
+            self._anchors |= run_state.load_start(resumed.parent, self._rank_file(), self._params)
         if with_seam(self.methods, "checkpoint"):
-            self._anchor("task", False)  # taken now: after training it would be too late
+            self._anchor("task", "disk")  # taken now: after training it would be too late
         for index, method in enumerate(self.methods):
             method.begin(self._context(f"holdfast/{method.name}", index))
         if resumed is not None:
             run_state.load(resumed, self._rank_file(), self.methods, self._params)
         elif self._saves_state():
-            start = self._anchors.get(("start", True))
+            start = self._anchors.get(START)
             if isinstance(start, Snapshot) and self._writes():
-                run_state.save_anchor(Path(str(self.args.output_dir)), self._rank_file(), start)
+                run_state.save_start(Path(str(self.args.output_dir)), self._rank_file(), start)
         self._gradient = None
         if with_seam(self.methods, "gradient"):
             self._window_gradient = WindowGradient(
@@ -156,29 +161,56 @@ class MethodsMixin(Trainer):
             find_anchor=self._anchor,
             log=lambda name, value: self._measured.setdefault(f"{prefix}/{name}", []).append(float(value)),
             logging_due=self._logging_due,
+            probe=self._probe(),
+            resuming=self._resumed_from is not None,
         )
 
-    def _anchor(self, which: str, resident: bool) -> Anchor:
-        """θ₀ by name, made once and shared by the methods that ask for it."""
+    def _probe(self) -> ModelProbe:
+        assert self.model is not None
+        return ModelProbe(
+            self.model,
+            self._past_data,
+            self.train_dataset,
+            lambda rows: self.data_collator(rows),
+            self._prepared,
+            self._shifts(),
+            self.args.device,
+        )
+
+    def _prepared(self, data: Any) -> Any:
+        """A past task's data as the collator takes it: tokenized by TRL, unused columns removed."""
+        if hasattr(self, "_prepare_dataset") and "input_ids" not in getattr(data, "column_names", ["input_ids"]):
+            data = self._prepare_dataset(data, self.processing_class, self.args, False, None, "past")
+        return self._remove_unused_columns(data, "past") if hasattr(data, "column_names") else data
+
+    def _shifts(self) -> bool:
+        """Whether labels are shifted inside the loss (causal language models)."""
+        return bool(getattr(self, "_loss_shifts_labels", True))
+
+    def _anchor(self, which: str, keep: Keep) -> Anchor:
+        """θ₀ by name, made once for all methods that want it in the same place."""
         path = self._anchor_paths.get(which, which)
-        key = ("start", True) if path is None else (str(path), resident)
+        if path is None:
+            return self._start_of_training()
+        key = f"{path} on {keep}"
         if key not in self._anchors:
-            if path is None:
-                if self._resumed_from is not None:
-                    raise UserError(
-                        f"The weights that training started from are not beside {self._resumed_from}. "
-                        "Pass anchor=<folder of the starting checkpoint>."
-                    )
-                self._anchors[key] = Snapshot(self._params)
-            else:
-                assert self.model is not None
-                folder = Folder(Path(path), aliases(self.model))
-                if resident:
-                    read = {name: folder.local(name, param) for name, param in self._params.items()}
-                    self._anchors[key] = Snapshot.of(read)
-                else:
-                    self._anchors[key] = folder
+            assert self.model is not None
+            found: Anchor = Folder(Path(path), aliases(self.model))
+            if keep != "disk":
+                read = {name: found.local(name, param) for name, param in self._params.items()}
+                found = Snapshot.of({name: part.to("cpu") for name, part in read.items()} if keep == "cpu" else read)
+            self._anchors[key] = found
         return self._anchors[key]
+
+    def _start_of_training(self) -> Anchor:
+        if START not in self._anchors:
+            if self._resumed_from is not None:
+                raise UserError(
+                    f"The weights that training started from are not beside {self._resumed_from}. "
+                    "Pass anchor=<folder of the starting checkpoint>."
+                )
+            self._anchors[START] = Snapshot(self._params)
+        return self._anchors[START]
 
     def _end_methods(self) -> None:
         """Training that was stopped early still gets the last edit of the weights (SFA's and EMA's final average)."""
@@ -191,7 +223,7 @@ class MethodsMixin(Trainer):
         methods = with_seam(self.methods, "checkpoint")
         if not methods:
             return
-        anchor = self._anchor("task", False)
+        anchor = self._anchor("task", "disk")
         tensors.make_editable(self.model)
         with torch.no_grad():
             tuned = {name: tensors.local(param) for name, param in self._params.items()}
@@ -199,6 +231,55 @@ class MethodsMixin(Trainer):
             kept = apply_checkpoint(methods, tuned, start)
             for name, part in tuned.items():
                 part.copy_(kept[name])
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss seam, in training only; evaluation losses stay the Trainer's own."""
+        assert self.model is not None
+        if return_outputs or not self.model.training or not self.is_in_train or not with_seam(self.methods, "loss"):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = Batch(
+            inputs,
+            self._token_weight(inputs, num_items_in_batch),
+            functools.partial(self._teacher_logits, inputs),
+        )
+
+        def innermost(batch: Batch) -> Tensor:
+            if not batch.want_logits:
+                return cast(Tensor, super(MethodsMixin, self).compute_loss(model, inputs, False, num_items_in_batch))
+            loss, batch.logits = self._loss_and_logits(model, inputs, num_items_in_batch)
+            return loss
+
+        return compose_loss(self.methods, innermost)(batch)
+
+    def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        assert self.model is not None
+        with evaluating(self.model), torch.no_grad():
+            return supervised(forward_logits(self.model, inputs), inputs["labels"], self._shifts())[0]
+
+    def _loss_and_logits(self, model: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor]:
+        """The Trainer's loss and the logits at supervised positions, from one forward pass.
+
+        TRL's own loss never makes the logits; there the model's loss is used, which is the same number.
+        """
+        labels = inputs["labels"]
+        plain: Any = Trainer if is_sft(self) else super()
+        given = (self, model) if is_sft(self) else (model,)
+        loss, outputs = plain.compute_loss(*given, inputs, return_outputs=True, num_items_in_batch=num_items)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        return loss, supervised(logits, labels, self._shifts())[0]
+
+    def _token_weight(self, inputs: Mapping[str, Any], num_items: Any) -> Any:
+        """What a sum over supervised tokens is to be multiplied by, to be weighted as the Trainer's loss is."""
+        if num_items is None or not (self.model_accepts_loss_kwargs or is_sft(self)):
+            labels = inputs["labels"]
+            shifted = labels[:, 1:] if self._shifts() and labels.dim() == 2 else labels
+            return 1.0 / max(1, int((shifted != -100).sum()))
+        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return ranks / num_items
 
     # ---- the window and its gradient ----
 

@@ -11,11 +11,17 @@ from holdfast.method import Method, with_seam
 IN_BACKWARD = ("lomo", "adalomo")  # optimizers that step inside backward
 
 
+def is_sft(trainer: Any) -> bool:
+    """Whether this is TRL's SFTTrainer, without importing TRL."""
+    return any(kind.__name__ == "SFTTrainer" and kind.__module__.startswith("trl") for kind in type(trainer).__mro__)
+
+
 def refuse_unsupported(trainer: Any, methods: Sequence[Method]) -> None:
     """UserError if a method can't work with this trainer's engine, precision or optimizer."""
     gradient = ", ".join(method.name for method in with_seam(methods, "gradient"))
     weights = ", ".join(method.name for method in with_seam(methods, "weights"))
-    acting = ", ".join(method.name for method in methods if method.name in f"{gradient}, {weights}".split(", "))
+    loss = ", ".join(method.name for method in with_seam(methods, "loss"))
+    acting = ", ".join(name for name in (gradient, weights, loss) if name)
     if not acting:
         return
     if getattr(trainer, "is_deepspeed_enabled", False):
@@ -35,3 +41,5 @@ def refuse_unsupported(trainer: Any, methods: Sequence[Method]) -> None:
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if gradient and (optimizer in IN_BACKWARD or optimizer.endswith("_layerwise")):
         raise UserError(f"{gradient}: optim='{optimizer}' steps during backward. Use adamw_torch, for example.")
+    if loss and is_sft(trainer) and getattr(trainer.args, "loss_type", "nll") != "nll":
+        raise UserError(f"{loss}: TRL's loss_type='{trainer.args.loss_type}' never makes logits. Use loss_type='nll'.")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
+import transformers  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
+
+gc.freeze()

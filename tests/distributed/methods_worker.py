@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -26,9 +27,7 @@ def model(kind: str, start: Path) -> Any:
     )
 
 
-def main(kind: str, out: Path) -> None:
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+def run(kind: str, out: Path, rank: int) -> None:
     results = {}
     for name in ["plain", *sorted(ACTIVE)]:
         trainer = train(
@@ -46,8 +45,11 @@ def main(kind: str, out: Path) -> None:
         results[name] = {"losses": losses(trainer), "history": history}
     if rank == 0:
         (out / f"{kind}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    gc.freeze()
+    torch.distributed.init_process_group("gloo")
+    for kind in ("ddp", "fsdp2"):
+        run(kind, Path(sys.argv[1]), torch.distributed.get_rank())
+    torch.distributed.destroy_process_group()

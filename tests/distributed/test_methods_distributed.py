@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-
-HERE = Path(__file__).parent
 from method_cases import ACTIVE
+from safetensors.torch import load_file
 from tiny_world import DISTRIBUTED, distance, losses, tiny_llama, train, weights
 
 pytestmark = pytest.mark.distributed
@@ -29,26 +27,28 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    out = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One launch for all methods and both engines: starting Python is what costs."""
+    out = tmp_path_factory.mktemp("two")
     tiny_llama().save_pretrained(out / "start")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(HERE / "methods_worker.py"), request.param, str(out)],
+        [*command, str(Path(__file__).parent / "methods_worker.py"), str(out)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, out
+    return out
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one(name: str, one_process: dict[str, Any], two_processes: tuple[str, Path]) -> None:
-    kind, out = two_processes
+def test_two_processes_equal_one(name: str, kind: str, one_process: dict[str, Any], two_processes: Path) -> None:
+    out = two_processes
     reference = one_process[name]
     found = json.loads((out / f"{kind}.json").read_text())[name]
     assert distance(weights(reference), load_file(out / f"{kind}-{name}.safetensors")) <= 1e-5

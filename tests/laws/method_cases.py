@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from holdfast import L2, SAM, SFA, Method, Rehearsal, WiSEFT
-from holdfast.methods import MomentumSAM
+from holdfast import EMA, EWC, L2, SAM, SFA, Distill, FisherMerge, Freeze, Method, Rehearsal, WiSEFT
+from holdfast.methods import L1, MomentumSAM
 
 NEUTRAL: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.0),
     "msam": lambda: MomentumSAM(rho=0.0),
-    "sfa": lambda: SFA(beta=0.0),
     "l2": lambda: L2(weight=0.0),
-    "rehearsal": lambda: Rehearsal(share=0.0),
+    "l1": lambda: L1(weight=0.0),
+    "ewc": lambda: EWC(weight=0.0),
+    "distill": lambda: Distill(weight=0.0),
+    "freeze": lambda: Freeze(),
+    "sfa": lambda: SFA(beta=0.0),
+    "ema": lambda: EMA(decay=0.0),
     "wiseft": lambda: WiSEFT(alpha=1.0),
+    "fisher_merge": lambda: FisherMerge(anchor_weight=0.0),
+    "rehearsal": lambda: Rehearsal(share=0.0),
 }
 ACTIVE: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.5),
     "msam": lambda: MomentumSAM(rho=0.5),
-    "sfa": lambda: SFA(p=0.5),
     "l2": lambda: L2(weight=1.0),
-    "rehearsal": lambda: Rehearsal(share=0.25),
+    "l1": lambda: L1(weight=0.03),
+    "ewc": lambda: EWC(weight=1.0, samples=6),
+    "distill": lambda: Distill(weight=2.0),
+    "freeze": lambda: Freeze(layers=1, embeddings=True),
+    "sfa": lambda: SFA(p=0.5),
+    "ema": lambda: EMA(decay=0.7),
     "wiseft": lambda: WiSEFT(alpha=0.5),
+    "fisher_merge": lambda: FisherMerge(samples=6),
+    "rehearsal": lambda: Rehearsal(share=0.25),
 }

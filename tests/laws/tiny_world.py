@@ -34,7 +34,7 @@ def tiny_llama(dropout: float = 0.0, tied: bool = False, layers: int = 2) -> Lla
 class Rows(torch.utils.data.Dataset):
     """Random token rows, some positions unsupervised, so that micro-batches differ in supervised tokens."""
 
-    def __init__(self, count: int = 24, seed: int = 1) -> None:
+    def __init__(self, count: int = 16, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows = []
         for index in range(count):
@@ -108,14 +108,18 @@ def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> f
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
+def euclidean(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    return float(sum((left[name] - right[name]).square().sum() for name in left) ** 0.5)
+
+
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-# What the laws on gradients train on: 22 rows, so that the last window is short, past data, and SGD, because Adam
+# What the laws on gradients train on: 14 rows, so that the last window is short, past data, and SGD, because Adam
 # turns the rounding of tiny gradients into whole steps.
 SGD_RUN: dict[str, Any] = {
-    "data": Rows(22),
+    "data": Rows(14),
     "learning_rate": 0.1,
     "extra": {
         "memory": {"past": Rows(12, seed=5)},
