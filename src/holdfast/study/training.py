@@ -58,6 +58,7 @@ def train(
 ) -> Trained:
     """Train ``model`` as ``step`` says; ``work`` holds the Trainer's own checkpoints where the recipe asks for them."""
     import torch
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from holdfast.trainer import with_methods
@@ -77,6 +78,7 @@ def train(
         base=base,
         callbacks=[_progress_callback(sink)],
     )
+    trainer.remove_callback(PrinterCallback)  # the log goes into the step's record
     trainer.train(resume_from_checkpoint=last_complete(work))
     return Trained(trainer.model, trainer.state.log_history, trainer.state.global_step)
 
