@@ -7,9 +7,11 @@ from functools import cache
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from holdfast.diagnose.memorization import count_tokens, exact_memorization
 from holdfast.diagnose.ranking import PerplexityScorer, perplexity
 from holdfast.diagnose.restoring import RestoreSettings, blocks, restore
 from holdfast.errors import UserError
@@ -169,3 +171,42 @@ def test_bad_settings_and_empty_text():
         RestoreSettings(batch_size=0)
     with pytest.raises(UserError, match="no tokens"):
         restore(model(), tokenizer(), [])
+
+
+def plain_memorization(net: LlamaForCausalLM, rows: list[tuple[str, str]]) -> float:
+    hits = total = 0
+    for prompt, completion in rows:
+        start = len(tokenizer()(prompt)["input_ids"])
+        ids = tokenizer()(prompt + completion)["input_ids"]
+        for position in range(max(1, start), len(ids)):
+            with torch.no_grad():
+                logits = net(torch.tensor([ids[:position]])).logits[0, -1]
+            hits += int(logits.argmax()) == ids[position]
+            total += 1
+    return hits / total
+
+
+def test_memorization_counts_answer_tokens_that_are_the_argmax():
+    rows = [("w1 w2 w3", " w4 w5"), ("w7", " w8 w9 w10 w11"), ("", "w1 w2"), ("w3 w3 w3 w3 w3 w3", " w3")] * 5
+    data = Dataset.from_dict({"prompt": [p for p, _ in rows], "completion": [c for _, c in rows]})
+    net = model()
+    restore(net, tokenizer(), texts(200), RestoreSettings(learning_rate=3e-3, batch_size=4, max_length=32))
+    found = exact_memorization(net, tokenizer(), data)
+    assert 0 < found < 1
+    assert found == pytest.approx(plain_memorization(net, rows), abs=1e-9)
+    assert count_tokens(data, tokenizer()) == sum(len((p + c).split()) for p, c in rows)
+
+
+def test_memorization_takes_text_and_messages_and_names_missing_columns():
+    net = model()
+    text = Dataset.from_dict({"text": ["w1 w2 w3", "w4 w5"]})
+    assert exact_memorization(net, tokenizer(), text) == pytest.approx(
+        plain_memorization(net, [("", "w1 w2 w3"), ("", "w4 w5")])
+    )
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+    messages = Dataset.from_dict({"messages": [chat]})
+    assert exact_memorization(net, tokenizer(), messages) == pytest.approx(
+        plain_memorization(net, [("w1 w2", "\nw3 w4")])
+    )
+    with pytest.raises(UserError, match="its columns are label"):
+        exact_memorization(net, tokenizer(), Dataset.from_dict({"label": [1]}))
