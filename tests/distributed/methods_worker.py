@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
-from method_cases import ACTIVE
+from method_cases import ACTIVE, ON_TEXT
 from tiny_world import DISTRIBUTED, losses, tiny_llama, train, weights
 
 
@@ -29,7 +29,7 @@ def model(kind: str, start: Path) -> Any:
 
 def run(kind: str, out: Path, rank: int) -> None:
     results = {}
-    for name in ["plain", *sorted(ACTIVE)]:
+    for name in ["plain", *sorted(set(ACTIVE) - ON_TEXT)]:
         trainer = train(
             out / f"{kind}-{name}",
             [] if name == "plain" else [ACTIVE[name]()],

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from holdfast import EMA, EWC, L2, SAM, SFA, Distill, FisherMerge, Freeze, Method, Rehearsal, WiSEFT
-from holdfast.methods import L1, MomentumSAM
+from holdfast.methods import L1, General, MomentumSAM, PseudoRehearsal
+
+_SOURCE = Path(tempfile.mkdtemp(prefix="holdfast-laws-")) / "general.jsonl"
+_SOURCE.write_text("".join(json.dumps({"prompt": "q", "completion": "rst"}) + "\n" for _ in range(9)))
+
+ON_TEXT = {"general", "pseudo_rehearsal"}  # methods that need text: their laws run in TRL's trainer
 
 NEUTRAL: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.0),
@@ -20,6 +28,8 @@ NEUTRAL: dict[str, Callable[[], Method]] = {
     "wiseft": lambda: WiSEFT(alpha=1.0),
     "fisher_merge": lambda: FisherMerge(anchor_weight=0.0),
     "rehearsal": lambda: Rehearsal(share=0.0),
+    "general": lambda: General(source=str(_SOURCE), share=0.0),
+    "pseudo_rehearsal": lambda: PseudoRehearsal(share=0.0),
 }
 ACTIVE: dict[str, Callable[[], Method]] = {
     "sam": lambda: SAM(rho=0.5),
@@ -34,4 +44,6 @@ ACTIVE: dict[str, Callable[[], Method]] = {
     "wiseft": lambda: WiSEFT(alpha=0.5),
     "fisher_merge": lambda: FisherMerge(samples=6),
     "rehearsal": lambda: Rehearsal(share=0.25),
+    "general": lambda: General(source=str(_SOURCE), share=0.25),
+    "pseudo_rehearsal": lambda: PseudoRehearsal(share=0.25, max_new_tokens=6),
 }

@@ -50,6 +50,49 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+def characters() -> Any:
+    """A tokenizer whose tokens are the lower-case letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(26)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<eos>"
+    )
+
+
+def text_task(count: int = 14, letter: str = "a") -> Any:
+    from datasets import Dataset
+
+    rows = [{"prompt": letter * (1 + i % 3), "completion": "bcd"[: 1 + i % 3] * (1 + i % 2)} for i in range(count)]
+    return Dataset.from_list(rows)
+
+
+def train_text(folder: Path | str, methods: Any = (), *, task: Any = None, model: Any = None, **changes: Any) -> Any:
+    """As :func:`train`, in TRL's SFTTrainer on text."""
+    from trl import SFTConfig, SFTTrainer
+
+    extra = changes.pop("extra", {})
+    settings = {"max_length": 32, "bf16": False, "gradient_checkpointing": False}
+    plain = arguments(folder).to_dict()
+    kept = {
+        key: plain[key] for key in ("output_dir", "per_device_train_batch_size", "learning_rate", "use_cpu", "seed")
+    }
+    common = {"num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    trainer = with_methods(SFTTrainer)(
+        model=tiny_llama() if model is None else model,
+        args=SFTConfig(**(kept | common | {"disable_tqdm": True} | settings | changes)),
+        train_dataset=text_task() if task is None else task,
+        processing_class=characters(),
+        methods=list(methods),
+        **{"memory": {"past": text_task(12, "x")}, **extra},
+    )
+    trainer.train()
+    return trainer
+
+
 def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder),

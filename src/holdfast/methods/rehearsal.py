@@ -1,37 +1,46 @@
-"""Methods that change what a task trains on: a share of past tasks' data."""
+"""Rehearsal: a share of past tasks' data in what a task trains on."""
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from holdfast.errors import UserError
+from holdfast.errors import UserError, did_you_mean
 from holdfast.method import Method
+from holdfast.methods.mixing import MODES, Mode, mix, reservoir, take
 
 
 @dataclass
 class Rehearsal(Method):
-    """Mix past tasks' examples into the training set.
+    """Mix past tasks' examples into the training set (Robins 1995; arXiv 2501.05559, section 5.2, uses 5 % and 10 %).
 
     ``share`` of the final set is past data, drawn evenly from all past tasks without replacement (a task too small for
-    its part gives the rest to the others) and shuffled in; the Trainer reshuffles it every epoch. ``replace`` keeps the
-    number of examples, ``add`` keeps all of the task's own. Too little past data is reported, never repeated.
-    (Robins 1995; arXiv 2501.05559 section 5.2 uses 5 % and 10 %.)
-    Cost: past data on disk; no extra gradient with ``replace``, 1/(1−share) times the steps with ``add``.
+    its part leaves the rest to the others) and shuffled in by the run's seed; the Trainer reshuffles every epoch.
+
+    - ``mode``: ``replace`` keeps the number of examples and steps, ``add`` keeps all of the task's own examples.
+    - ``weights``: how the share is divided, by past task's name; a task that is not named gets nothing.
+    - ``budget``: only this many past examples are remembered in all, a reservoir over the past tasks in their order.
+
+    Too little past data is reported (a warning, and ``shortfall``), never repeated. Cost: the past data on disk; no
+    extra gradient with ``replace``, 1/(1−share) times the steps with ``add``.
     """
 
     share: float = 0.1
-    mode: Literal["replace", "add"] = "replace"
+    mode: Mode = "replace"
+    weights_by_task: dict[str, float] | None = None
+    budget: int | None = None
 
     name: ClassVar[str] = "rehearsal"
     symbols: ClassVar[Mapping[str, str]] = {"share": "share"}
 
     def __post_init__(self) -> None:
         self.require(0 <= self.share < 1, "share", "in [0, 1)")
-        self.require(self.mode in ("replace", "add"), "mode", "'replace' or 'add'")
+        self.require(self.mode in MODES, "mode", "'replace' or 'add'")
+        self.require(self.budget is None or self.budget >= 1, "budget", "at least 1")
+        given = list((self.weights_by_task or {}).values())
+        numbers = all(isinstance(value, (int, float)) and value >= 0 for value in given)
+        self.require(not given or (numbers and sum(given) > 0), "weights_by_task", "numbers of at least 0, one above 0")
         self.drawn: dict[str, int] = {}
         self.shortfall = 0
 
@@ -39,75 +48,14 @@ class Rehearsal(Method):
         self.drawn, self.shortfall = {}, 0
         if self.share == 0 or not memory:
             return task
-        rng = random.Random(getattr(memory, "seed", 0))
-        size = _length(task, "the training set")
-        wanted = past_examples(size, self.share, self.mode)
-        available = {name: _length(past, f"past task '{name}'") for name, past in memory.items()}
-        self.drawn = evenly(wanted, available)
-        found = sum(self.drawn.values())
-        self.shortfall = wanted - found
-        if self.shortfall:
-            warnings.warn(
-                f"rehearsal: share={self.share} wants {wanted} past examples, only {found} exist; none is repeated.",
-                stacklevel=2,
-            )
-        own = size - found if self.mode == "replace" else size
-        parts = [take(task, sorted(rng.sample(range(size), own)))] if own < size else [task]
-        parts += [take(memory[name], rng.sample(range(available[name]), n)) for name, n in self.drawn.items() if n]
-        joined = join(parts)
-        order = list(range(len(joined)))
-        rng.shuffle(order)
-        return take(joined, order)
-
-
-def past_examples(size: int, share: float, mode: str) -> int:
-    """How many past examples make ``share`` of the final training set of a task with ``size`` examples."""
-    return round(size * share) if mode == "replace" else round(size * share / (1 - share))
-
-
-def evenly(wanted: int, available: Mapping[str, int]) -> dict[str, int]:
-    """Split a number over tasks as evenly as their sizes allow; what is left over goes to the most recent tasks."""
-    drawn = dict.fromkeys(available, 0)
-    left = min(wanted, sum(available.values()))
-    while left:
-        open_ = [name for name in available if drawn[name] < available[name]]
-        each, rest = divmod(left, len(open_))
-        quota = {name: each + (position >= len(open_) - rest) for position, name in enumerate(open_)}
-        for name in open_:
-            part = min(quota[name], available[name] - drawn[name])
-            drawn[name] += part
-            left -= part
-    return drawn
-
-
-def _length(data: Any, what: str) -> int:
-    try:
-        return len(data)
-    except TypeError as error:
-        raise UserError(
-            f"rehearsal needs data of known length; {what} is a stream. Load it without streaming."
-        ) from error
-
-
-def take(data: Any, indices: Sequence[int]) -> Any:
-    """Rows of a ``datasets.Dataset`` or of any map-style dataset."""
-    if hasattr(data, "select"):
-        return data.select(indices)
-    from torch.utils.data import Subset
-
-    return Subset(data, list(indices))
-
-
-def join(parts: Sequence[Any]) -> Any:
-    """Concatenate datasets; UserError if their columns differ (they would be trained on as empty)."""
-    if all(hasattr(part, "column_names") for part in parts):
-        from datasets import concatenate_datasets
-
-        columns = [sorted(part.column_names) for part in parts]
-        for other in columns[1:]:
-            if other != columns[0]:
-                raise UserError(f"Past data has the columns {other}, the task has {columns[0]}; they must be the same.")
-        return concatenate_datasets(list(parts))
-    from torch.utils.data import ConcatDataset
-
-    return ConcatDataset(parts)
+        for name in self.weights_by_task or {}:
+            if name not in memory:
+                raise UserError(f"rehearsal: weights_by_task names '{name}'.{did_you_mean(name, memory)}")
+        seed = int(getattr(memory, "seed", 0))
+        pools: Mapping[str, Any] = memory
+        if self.budget is not None:
+            kept = reservoir(memory, self.budget, seed, self.name)
+            pools = {name: take(memory[name], rows) for name, rows in kept.items() if rows}
+        mixture = mix(task, pools, self.share, self.mode, seed, self.name, self.weights_by_task)
+        self.drawn, self.shortfall = mixture.drawn, mixture.shortfall
+        return mixture.data
