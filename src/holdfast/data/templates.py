@@ -109,10 +109,13 @@ def _word(value: Any, spec: str) -> str:
 
 
 def _number(value: Any) -> str:
-    """A number as it is written by hand: no thousands separator, no ``.0``."""
+    """A number as it is written by hand, without thousands separators and ``.0``; other text as it stands.
+
+    Answer columns mix both ("4.0" beside "B"), so text is no error here.
+    """
     text = str(value).strip()
     if not NUMBER.fullmatch(text):
-        raise UserError(f"{value!r:.40} is not a number")
+        return text
     plain = text.replace(",", "").removeprefix("+")
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
