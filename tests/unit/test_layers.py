@@ -15,14 +15,15 @@ LAYERS: list[set[str]] = [
     {"results"},
     {"diagnose", "landscape"},
     {"recipe"},
-    {"trainer", "window", "run_state", "unsupported"},
-    {"sources", "models", "fetch", "gguf", "lab"},
-    {"evaluate"},
+    {"trainer", "run_state", "unsupported"},
+    {"sources", "models", "fetch", "gguf"},
+    {"evaluate", "lab"},  # the lab's benchmark is made of evaluate's tasks; the panel named lab is the lab's
     {"merge"},
-    {"data", "metrics"},
     {"methods", "method"},  # from_spec looks names up in the registry
-    {"anchor", "hub", "tensors", "weights"},
-    {"errors", "files"},
+    {"data", "metrics"},
+    {"probe", "window"},
+    {"anchor", "tensors", "weights"},
+    {"errors", "files", "hub"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 

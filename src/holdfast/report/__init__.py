@@ -39,7 +39,9 @@ def report_html(data: dict[str, Any]) -> str:
         section(
             "Forgetting matrices",
             "<p>Score on each column's task after the row's task was taught; the base model is the first row.</p>"
-            + "".join(heat_map(results, arm) for arm in results.arms),
+            + '<div class="figures">'
+            + "".join(heat_map(results, arm) for arm in results.arms)
+            + "</div>",
         ),
         section("Through the stream", curves(results)),
         section("Training loss", loss_curves(results)),
