@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,6 +247,19 @@ def test_train_test_split_is_a_partition(tmp_path: Path) -> None:
     for wrong in (0, 50, 0.001):
         with pytest.raises(UserError, match="leaves an empty part"):
             train_test(dataset, wrong)
+
+
+def test_parts_of_a_file_are_those_of_a_hub_split(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *({"text": str(i)} for i in range(11)))
+    hub = [int(text) for text in load_dataset("json", data_files=str(path), split="train[:65%]")["text"]]
+    assert [int(row["text"]) for row in raw_rows(path, split="train[:65%]")] == hub
+    rest = [int(row["text"]) for row in raw_rows(path, split="[65%:]")]
+    assert hub + rest == list(range(11))
+    assert [row["text"] for row in raw_rows(path, split="[-2:]")] == ["9", "10"]
+    assert [row["text"] for row in raw_rows(path, split="[3:5]")] == ["3", "4"]
+    assert read_examples(path, split="[65%:]")["text"][:] == [str(i) for i in rest]
+    with pytest.raises(UserError, match="no rows"):
+        read_examples(path, split="[20:]")
 
 
 def test_chunks_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

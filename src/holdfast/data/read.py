@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -18,6 +19,7 @@ from holdfast.hub import hub_is_unreachable
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PART = re.compile(r"([^\[]*)\[(-?\d+%?)?:(-?\d+%?)?\]")  # train[:90%], [-100:]
 CHUNK = 20_000  # examples held as Python objects before they become Arrow
 
 
@@ -40,7 +42,8 @@ def read_examples(
     written by ``datasets``, or a hub data set as ``name`` or ``name:config``. ``format``: alpaca, sharegpt, messages,
     prompt_completion, text, or auto. ``columns`` gives the file's name for a role: ``{"prompt": "question"}``.
     ``prompt`` and ``completion`` are templates over the columns (see ``fill_template``) and are joined as they stand,
-    so the completion carries its leading space. ``limit`` draws that many rows without replacement by ``seed``, in
+    so the completion carries its leading space. ``split`` names a split, or a part as on the hub: ``train[:90%]``,
+    and ``[:90%]`` or ``[-100:]`` of a single file. ``limit`` draws that many rows without replacement by ``seed``, in
     the order of the file. ``chat`` turns text prompts into one user and one assistant message. ``turns`` says what a
     conversation with several answers becomes: an example for ``each``, the ``last`` alone, or whole (``keep``).
 
@@ -136,16 +139,33 @@ def _chunks(examples: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 def _rows(source: str | Path, split: str | None) -> Iterator[Row]:
     path = Path(source).expanduser()
-    if path.is_file():
-        return read_file(path)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved(path, split)
-        return chain.from_iterable(read_file(file) for file in folder_files(path, split))
+    if path.exists():
+        match = PART.fullmatch(split or "")
+        return _part(_local(path, match[1] or None), *match.group(2, 3)) if match else _local(path, split)
     text = str(source)
     if kind(Path(text)) in READERS or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
         raise missing_file(path)
     return _hub(text, split)
+
+
+def _local(path: Path, split: str | None) -> Iterator[Row]:
+    if path.is_file():
+        return read_file(path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved(path, split)
+    return chain.from_iterable(read_file(file) for file in folder_files(path, split))
+
+
+def _part(rows: Iterator[Row], begin: str | None, end: str | None) -> Iterator[Row]:
+    """The rows from ``begin`` to ``end`` (counts or percent, as hub splits write them); needs all rows in memory."""
+    held = list(rows)
+
+    def at(bound: str | None) -> int | None:
+        if bound is None or not bound.endswith("%"):
+            return None if bound is None else int(bound)
+        return round(len(held) * int(bound[:-1]) / 100)
+
+    return iter(held[at(begin) : at(end)])
 
 
 def _saved(folder: Path, split: str | None) -> Iterator[Row]:
