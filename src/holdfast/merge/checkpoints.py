@@ -12,14 +12,13 @@ from typing import Any
 
 import holdfast
 from holdfast.errors import UserError
-from holdfast.files import write_json
 from holdfast.merge.compare import Embeddings
 from holdfast.merge.engine import Engine, NonFinite, Output, Progress, StreamNumbers
 from holdfast.merge.families import Weights
 from holdfast.merge.formulas import Facts, Formula
 from holdfast.merge.layout import allocate, index
 from holdfast.merge.plan import MergePlan, PathLike, Variant, check_disk, make_plan
-from holdfast.merge.publish import copy_companions, finish_folder
+from holdfast.merge.publish import copy_companions, finish_folder, write_json
 from holdfast.merge.stage import Stage
 
 

@@ -38,9 +38,9 @@ def match(reference: Source, sources: Sequence[Source], allow_missing: bool, emb
         alias, missing, extra = _names(reference, source, scratch)
         result.aliases.append(alias)
         if missing and not allow_missing:
-            problems.append(_listing(f"{source.where} lacks", missing, f"of {reference.where}"))
+            problems.append(_listing(f"{source.where} lacks", missing, f"tensors of {reference.where}"))
         if extra and not allow_missing:
-            problems.append(_listing(f"{source.where} has", extra, f"that {reference.where} lacks"))
+            problems.append(_listing(f"{source.where} has", extra, f"tensors that {reference.where} lacks"))
         copied.update(missing)
         result.dropped += extra
         for name in reference.infos.keys() - missing:
@@ -72,7 +72,7 @@ def add_fishers(result: Match, fishers: Sequence[Source], reference: Source, all
         result.aliases.append({})
         missing = [name for name in result.merged if name not in source.infos]
         if missing and not allow_missing:
-            problems.append(_listing(f"{source.where} lacks", missing, f"of {reference.where}"))
+            problems.append(_listing(f"{source.where} lacks", missing, f"tensors of {reference.where}"))
         for name in missing:
             del result.merged[name]
             result.copied.append(name)
@@ -86,7 +86,7 @@ def add_fishers(result: Match, fishers: Sequence[Source], reference: Source, all
 
 def _listing(start: str, names: Sequence[str], end: str) -> str:
     more = f", … ({len(names) - SHOWN} more)" if len(names) > SHOWN else ""
-    return f"{start} {len(names)} tensors {end}: {', '.join(sorted(names)[:SHOWN])}{more}"
+    return f"{start} {len(names)} {end}: {', '.join(sorted(names)[:SHOWN])}{more}"
 
 
 def _names(reference: Source, source: Source, scratch: Scratch) -> tuple[dict[str, str], list[str], list[str]]:
@@ -143,7 +143,7 @@ def vocabulary_differences(ours: Path, theirs: Path) -> list[str]:
     differing = sorted((first.items() ^ second.items()), key=lambda entry: (entry[1], entry[0]))
     tokens = list(dict.fromkeys(token for token, _ in differing))
     return (
-        [_listing(f"the vocabularies of {ours} and {theirs} differ in", [repr(t) for t in tokens], "")]
+        [_listing(f"the vocabularies of {ours} and {theirs} differ in", [repr(t) for t in tokens], "tokens")]
         if tokens
         else []
     )

@@ -230,7 +230,7 @@ def _identity(
             status = path.stat()
             files.append([os.path.realpath(path), status.st_size, status.st_mtime_ns])
     outputs = [[variant.label, repr(variant.formula)] for variant in variants]
-    headers = [[one.name, one.nbytes, digest(one.header.decode())] for one in shards]
+    headers = [[one.name, one.nbytes, digest(one.header.hex())] for one in shards]
     return digest([holdfast.__version__, name, outputs, files, headers, flags, BLOCK], 32)
 
 

@@ -8,14 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.files import write_json, write_text
-
+# Files written here become visible with their folder, so they need no atomic write of their own; forcing each to disk
+# would also wait for the weights, for seconds.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp", ".ckpt")
 NOT_COPIED = {
     "README.md", "merge.json", "sweep.json", "adapter_config.json", "trainer_state.json", ".gitattributes",
 }  # fmt: skip
 LARGEST = 200_000_000  # bytes; a bigger file is no config or tokenizer
 CARD_FILES = 12  # input files listed on the card
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, not synchronised to disk."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def companions(folders: Sequence[Path]) -> dict[str, Path]:
@@ -69,4 +74,4 @@ def finish_folder(folder: Path, record: Mapping[str, Any], title: str, index: Ma
     if index is not None:
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "merge.json", record)
-    write_text(folder / "README.md", model_card(record, title))
+    (folder / "README.md").write_text(model_card(record, title), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from holdfast.errors import UserError
-from holdfast.files import write_json
+from holdfast.merge.publish import write_json
 
 
 def _boot() -> str:
@@ -42,7 +42,7 @@ class Stage:
         self._take_lock()
         wanted = {"plan": self.plan, "boot": _boot()}
         note = self.folder / "plan.json"
-        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        found = self._noted(note)
         journal = self.folder / "journal"
         if found == wanted and self.result.is_dir():
             self.done = self._read(journal)
@@ -54,6 +54,13 @@ class Stage:
             self.result.mkdir()
         self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         return self
+
+    @staticmethod
+    def _noted(note: Path) -> object:
+        try:
+            return json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @staticmethod
     def _read(journal: Path) -> set[int]:
