@@ -38,6 +38,8 @@ _PUBLIC = {
     "relief": "pictures",
     "save_picture": "pictures",
     "svg": "draw",
+    "rank_correlation": "claim",
+    "Correlation": "claim",
 }
 
 __all__ = sorted(_PUBLIC)
