@@ -1,0 +1,310 @@
+"""Merging side by side with mergekit: time, peak memory and the numbers themselves, on the same inputs in one run.
+
+    python benchmarks/merge.py --peer-python PEER/bin/python --work /tmp/merge-bench
+
+The peer is an environment with mergekit installed; without it only holdfast is measured. The checkpoints are random
+bfloat16 weights in the shapes of a 135M-parameter Llama, and two sharded ones of 3 GB; all are removed at the end.
+Times are wall-clock of the whole command, so they include starting Python and importing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from holdfast.merge import StateDict
+
+SHAPES = {"hidden": 576, "mlp": 1536, "layers": 30, "kv": 192, "vocab": 49152}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "tie_word_embeddings": True, "dtype": "bfloat16", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+    "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WRITE_TEN = """
+import os, sys
+block, (size, folder) = os.urandom(1 << 20), sys.argv[1:]
+os.makedirs(folder)
+for i in range(10):
+    with open(os.path.join(folder, str(i)), "wb", buffering=0) as file:
+        for _ in range(int(size) >> 20):
+            file.write(block)
+"""
+LINEAR_WEIGHTS, ARITHMETIC_WEIGHTS, DENSITY = [0.3, 0.7], [0.4, 0.3, 0.6], 0.2
+
+
+def llama(hidden: int, mlp: int, layers: int, kv: int, vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors."""
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            yield f"{at}self_attn.{name}_proj.weight", (rows, hidden)
+        yield f"{at}mlp.gate_proj.weight", (mlp, hidden)
+        yield f"{at}mlp.up_proj.weight", (mlp, hidden)
+        yield f"{at}mlp.down_proj.weight", (hidden, mlp)
+        yield f"{at}input_layernorm.weight", (hidden,)
+        yield f"{at}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+
+
+def make_small(folder: Path, models: int, seed: int) -> list[Path]:
+    """A base and models around it, as bfloat16 checkpoints."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in llama(**SHAPES)}
+    paths = []
+    for i in range(models + 1):
+        path = folder / f"model{i}"
+        path.mkdir(parents=True)
+        noise = 0.002 if i else 0.0
+        tensors = {n: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for n, t in base.items()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(CONFIG))
+        paths.append(path)
+    return paths
+
+
+def make_large(folder: Path, gigabytes: float, seed: int) -> Path:
+    """A sharded bfloat16 checkpoint of about that size; the values repeat, the bytes are real."""
+    folder.mkdir(parents=True)
+    block = (0.05 * torch.randn(4096, 4096, generator=torch.Generator().manual_seed(seed))).bfloat16()
+    count, shards, weight_map = round(gigabytes * 1e9 / block.nbytes), 6, {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = {f"layers.{i}.weight": block.roll(i, 0).clone() for i in range(shard, count, shards)}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    index = {"metadata": {"total_size": count * block.nbytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def run(command: list[str | Path], out: Path | None = None) -> tuple[float, float]:
+    """Wall seconds and peak resident memory (GB) of a command; ``out`` is removed first."""
+    if out is not None:
+        shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors = process.stderr.read() if process.stderr else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{errors.decode()[-3000:]}")
+    return seconds, usage.ru_maxrss / 1e6
+
+
+def holdfast(*words: str | Path) -> list[str | Path]:
+    """The command line in this environment."""
+    return [Path(sys.executable).with_name("holdfast"), "merge", *words]
+
+
+def peer_config(method: str, base: Path, models: list[Path], weights: list[float], path: Path) -> Path:
+    """mergekit's YAML (JSON is YAML) for the same merge, computed in float32 as ours is."""
+    entries = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, weights)]
+    config: dict[str, object] = {"merge_method": method, "models": entries, "dtype": "float32", "out_dtype": "bfloat16"}
+    if method != "linear":
+        config["base_model"] = str(base)
+    if method == "ties":
+        config["parameters"] = {"density": DENSITY}
+    path.write_text(json.dumps(config))
+    return path
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distance of bfloat16 bit patterns in units of the last place."""
+    x, y = (np.where(bits & 0x8000, 0x8000 - bits.astype(np.int32), bits.astype(np.int32)) for bits in (a, b))
+    return np.abs(x - y)
+
+
+def compare(ours: Path, theirs: Path) -> str:
+    """Largest difference and share of equal numbers over all tensors."""
+    worst, equal, total = 0, 0, 0
+    with StateDict.open(ours) as first, StateDict.open(theirs) as second:
+        for name in first:
+            distance = ulps(first.array(name), second.array(name))
+            worst, equal, total = (
+                max(worst, int(distance.max())),
+                equal + int((distance == 0).sum()),
+                total + distance.size,
+            )
+    return f"max {worst} ulp, {equal / total:.4%} identical"
+
+
+def spread(values: list[float], unit: str = "s") -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} {unit} ({min(values):.2f}-{max(values):.2f})"
+
+
+def against_peer(paths: list[Path], work: Path, peer: Path | None, repeats: int) -> None:
+    """The three methods that both have, alternating."""
+    base, *models = paths
+    cases = [
+        ("linear", models[:2], LINEAR_WEIGHTS, []),
+        ("task_arithmetic", models, ARITHMETIC_WEIGHTS, ["--base", base]),
+        ("ties", models, [1.0, 1.0, 1.0], ["--base", base, f"density={DENSITY}"]),
+    ]
+    for method, chosen, weights, extra in cases:
+        mine, theirs = work / f"{method}-holdfast", work / f"{method}-mergekit"
+        ours_runs, peer_runs = [], []
+        weight = ",".join(map(str, weights))
+        for _ in range(repeats):
+            ours_runs.append(run(holdfast(method, *chosen, "--weight", weight, "--out", mine, *extra), mine))
+            if peer:
+                config = peer_config(method, base, chosen, weights, work / "peer.yaml")
+                peer_runs.append(
+                    run([peer, "-m", "mergekit.scripts.run_yaml", config, theirs, "--no-copy-tokenizer"], theirs)
+                )
+        print(f"{method} of {len(chosen)} x 135M")
+        print(f"  holdfast {spread([s for s, _ in ours_runs])}, peak {max(m for _, m in ours_runs):.3f} GB")
+        if peer:
+            ratio = statistics.median([s for s, _ in peer_runs]) / statistics.median([s for s, _ in ours_runs])
+            print(f"  mergekit {spread([s for s, _ in peer_runs])}, peak {max(m for _, m in peer_runs):.3f} GB")
+            print(f"  {ratio:.1f}x faster; {compare(mine, theirs)}")
+
+
+def model_scope(paths: list[Path], work: Path) -> None:
+    """TIES over the whole model against the paper's formula, computed plainly over the concatenated task vectors."""
+    base, *models = paths
+    out = work / "ties-model"
+    seconds, memory = run(
+        holdfast("ties", *models, "--base", base, "--out", out, f"density={DENSITY}", "scope=model"), out
+    )
+    with StateDict.open(base) as origin:
+        names = list(origin)
+        theta = {name: origin[name].float() for name in names}
+    thresholds, tuned = [], []
+    for path in models:
+        with StateDict.open(path) as opened:
+            deltas = {name: opened[name].float() - theta[name] for name in names}
+        flat = torch.cat([deltas[name].abs().flatten() for name in names]).numpy()
+        keep = int(DENSITY * flat.size)
+        flat.partition(flat.size - keep)
+        thresholds.append(float(flat[flat.size - keep]))
+        tuned.append(
+            {
+                name: delta.bfloat16() if bool((delta.bfloat16() == delta).all()) else delta
+                for name, delta in deltas.items()
+            }
+        )
+    worst, equal, total = 0, 0, 0
+    with StateDict.open(out) as merged:
+        for name in names:
+            kept = torch.stack([d[name].float() * (d[name].float().abs() >= t) for d, t in zip(tuned, thresholds)])
+            elected = kept.sum(0).sign()
+            agree = kept.sign() == elected
+            mean = (kept * agree).sum(0) / (agree & (kept != 0)).sum(0).clamp(min=1)
+            expected = (theta[name] + mean).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            distance = ulps(merged.array(name), expected)
+            worst, equal, total = (
+                max(worst, int(distance.max())),
+                equal + int((distance == 0).sum()),
+                total + distance.size,
+            )
+    print(f"ties scope=model: {seconds:.2f} s, peak {memory:.3f} GB")
+    print(f"  against the paper's formula: max {worst} ulp, {equal / total:.4%} identical")
+
+
+def sweep(paths: list[Path], work: Path, repeats: int) -> None:
+    """Ten values of beta in one pass, against one merge and against writing the same ten files."""
+    base, tuned = paths[:2]
+    one, many, copies = work / "one", work / "many", work / "copies"
+    single, swept, writing = [], [], []
+    for _ in range(repeats):
+        single.append(run(holdfast("wise_ft", tuned, "--base", base, "--out", one, "beta=0.3"), one)[0])
+        swept.append(
+            run(holdfast("wise_ft", tuned, "--base", base, "--out", many, "--sweep", "beta=0.05:0.95:0.1"), many)
+        )
+        sizes = (one / "model.safetensors").stat().st_size
+        writing.append(run([sys.executable, "-c", WRITE_TEN, str(sizes), copies], copies)[0])
+        shutil.rmtree(copies)
+    seconds = [s for s, _ in swept]
+    assert len(list(many.glob("beta=*/model.safetensors"))) == 10
+    print(f"beta sweep of 10: {spread(seconds)}, peak {max(m for _, m in swept):.3f} GB")
+    print(f"  one merge {spread(single)}, writing 10 files {spread(writing)}; 2 x one + writing = "
+          f"{2 * statistics.median(single) + statistics.median(writing):.2f} s")  # fmt: skip
+    shutil.rmtree(many)
+
+
+def large(work: Path, gigabytes: float, repeats: int) -> None:
+    """Two large sharded checkpoints against cp of the same bytes."""
+    inputs = [make_large(work / f"large{i}", gigabytes, seed=i) for i in range(2)]
+    out, copy = work / "large-merged", work / "large-copy"
+    merges, copies = [], []
+    for _ in range(repeats):
+        copies.append(run(["cp", "-r", *inputs, copy], copy) if copy.mkdir() is None else (0, 0))
+        shutil.rmtree(copy)
+        merges.append(run(holdfast("linear", *inputs, "--out", out), out))
+        shutil.rmtree(out)
+    size = sum(path.stat().st_size for folder in inputs for path in folder.iterdir()) / 1e9
+    merge_s, copy_s = (statistics.median([s for s, _ in runs]) for runs in (merges, copies))
+    peak = max(m for _, m in merges)
+    print(f"linear of 2 x {gigabytes} GB sharded: {spread([s for s, _ in merges])}, peak {peak:.3f} GB")
+    print(f"  cp of the same {size:.1f} GB: {spread([s for s, _ in copies])}")
+    # A merge of two reads two and writes one; cp reads two and writes two.
+    for what, ours, theirs in (("input", 1.0, 1.0), ("read and written", 1.5, 2.0)):
+        mine, cp = ours * size / merge_s, theirs * size / copy_s
+        print(f"  bytes {what}: merge {mine:.2f} GB/s, cp {cp:.2f} GB/s: {mine / cp:.0%}")
+
+
+def killed(paths: list[Path], work: Path) -> None:
+    """kill -9 in the middle, run again, compare the bytes with those of an undisturbed run."""
+    base, *models = paths
+    whole, broken = work / "whole", work / "broken"
+    words = ["ties", *models, "--base", base, f"density={DENSITY}", "--out"]
+    run(holdfast(*words, whole), whole)
+    process = subprocess.Popen([str(word) for word in holdfast(*words, broken)], stdout=subprocess.DEVNULL)
+    journal = work / ".broken.merging" / "journal"
+    while process.poll() is None and not (journal.is_file() and journal.stat().st_size > 100):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(journal.read_text().splitlines()) if journal.is_file() else 0
+    looks_finished = broken.exists()
+    run(holdfast(*words, broken))
+    same = (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    print(f"kill -9 after {before} of the jobs: output folder existed {looks_finished}, rerun byte-identical {same}")
+
+
+def main() -> None:
+    """Run the chosen parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", type=Path, help="Python of an environment with mergekit")
+    parser.add_argument("--work", type=Path, required=True, help="empty scratch folder, removed at the end (25 GB)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of each large checkpoint")
+    parser.add_argument("--only", nargs="*", default=["peer", "model", "sweep", "killed", "large"])
+    options = parser.parse_args()
+    options.work.mkdir(parents=True)
+    try:
+        if set(options.only) - {"large"}:
+            paths = make_small(options.work, 3, seed=0)
+            if "peer" in options.only:
+                against_peer(paths, options.work, options.peer_python, options.repeats)
+            if "model" in options.only:
+                model_scope(paths, options.work)
+            if "sweep" in options.only:
+                sweep(paths, options.work, options.repeats)
+            if "killed" in options.only:
+                killed(paths, options.work)
+        if "large" in options.only:
+            large(options.work, options.gigabytes, options.repeats)
+    finally:
+        shutil.rmtree(options.work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
