@@ -102,6 +102,14 @@ class TestBadInput:
         text = complaint(capsys, "run", write(tiny_recipe()), "--out", str(out))
         assert "different recipe" in text and "'model' was \"lab\"" in text
 
+    def test_a_training_setting_that_trl_refuses(
+        self, capsys: Any, write: Any, tiny_recipe: Recipe, tmp_path: Path
+    ) -> None:
+        recipe = tiny_recipe()
+        recipe["training"]["lr_scheduler_type"] = "cosin"
+        text = complaint(capsys, "run", write(recipe), "--out", str(tmp_path / "run"))
+        assert "training" in text and "cosin" in text
+
     def test_words_that_are_no_overrides(self, capsys: Any) -> None:
         assert "key=value" in complaint(capsys, "run", "quickstart", "seeds")
         assert "Did you mean 'run'" in complaint(capsys, "rum")

@@ -21,7 +21,9 @@ LAYOUT: dict[str, Any] = {
 def fragment(figure: go.Figure) -> str:
     """The figure as HTML. Plotly reads markup in labels (links among it), so every text is escaped first."""
     figure = go.Figure(_escaped(json.loads(figure.to_json())))
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "displayModeBar": False})
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "displayModeBar": False}
+    )
 
 
 def _escaped(value: Any, key: str = "") -> Any:

@@ -32,10 +32,15 @@ class Runner:
 
     def run(self) -> None:
         """Do what is missing: steps, and measurements of every checkpoint as soon as it exists."""
+        from holdfast.study.training import training_arguments
+
         measured = set(self.plan.checkpoints())
         steps = self.plan.steps()
         missing = [s for s in steps if s.kind != "base" and not self.store.has_step(s)]
         unmeasured = [s for s in steps if s in measured and self._unanswered(s)]
+        for step in missing:
+            if step.kind == "train":
+                training_arguments(step, self.store.work_folder(step))  # refuse bad settings before any work
         self.sink.plan(len(missing) + len(unmeasured))
         names = self._names()
         for step in steps:

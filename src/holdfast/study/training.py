@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.errors import UserError
 from holdfast.study.plan import Step
 from holdfast.study.progress import Sink
 from holdfast.study.streams import TaskData
@@ -15,6 +16,7 @@ from holdfast.study.streams import TaskData
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
 
 # Where a study differs from TRL's own defaults: numbers must not depend on the machine (TRL turns bf16 on by itself),
 # memory is traded for time only when asked, and a study has its own log and progress.
@@ -45,6 +47,22 @@ def training_set(step: Step, data: dict[str, TaskData]) -> Dataset:
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
+def training_arguments(step: Step, work: Path) -> SFTConfig:
+    """A step's settings as TRL takes them. Raises UserError for values that it refuses."""
+    import torch
+    from trl import SFTConfig
+
+    accelerated = torch.accelerator.is_available()
+    machine = {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # these change no number
+    settings = {**DEFAULTS, **machine, **step.training}
+    if settings.get("save_steps") and "save_strategy" not in step.training:
+        settings["save_strategy"] = "steps"
+    try:
+        return SFTConfig(output_dir=str(work), seed=step.seed, data_seed=step.seed, **settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {error}") from None
+
+
 def train(
     step: Step,
     model: PreTrainedModel,
@@ -57,19 +75,14 @@ def train(
     sink: Sink,
 ) -> Trained:
     """Train ``model`` as ``step`` says; ``work`` holds the Trainer's own checkpoints where the recipe asks for them."""
-    import torch
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from holdfast.trainer import with_methods
 
-    settings = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **step.training}
-    if settings.get("save_steps") and "save_strategy" not in step.training:
-        settings["save_strategy"] = "steps"
-    args = SFTConfig(output_dir=str(work), seed=step.seed, data_seed=step.seed, **settings)
     trainer = with_methods(SFTTrainer)(
         model=model,
-        args=args,
+        args=training_arguments(step, work),
         train_dataset=training_set(step, data),
         processing_class=tokenizer,
         methods=list(step.methods),
