@@ -9,12 +9,13 @@ from holdfast.evaluate.tasks import EvalTask, Item
 
 if TYPE_CHECKING:
     from holdfast.evaluate.harness import PrefixSharingLM
-    from holdfast.evaluate.measuring import measure, summarize
+    from holdfast.evaluate.measuring import measure
+    from holdfast.evaluate.summary import summarize
 
 # public name -> module; heavy modules are imported on first use
 _PUBLIC = {
     "measure": "holdfast.evaluate.measuring",
-    "summarize": "holdfast.evaluate.measuring",
+    "summarize": "holdfast.evaluate.summary",
     "PrefixSharingLM": "holdfast.evaluate.harness",
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 from holdfast.evaluate.gate import GateReport, GateRow
+from holdfast.files import write_text
 
 WORDS = {"ok": "within budget", "unclear": "can't tell", "fail": "DROP", "shown": "not gated"}
 
@@ -29,7 +31,7 @@ def explain(row: GateRow) -> str:
         return (
             f"lost {_points(row.drop, row)}; at least {_points(row.low, row)} beyond item noise, budget {row.budget:g}"
         )
-    if row.too_small:
+    if row.verdict == "unclear" and row.too_small:
         return (
             f"{row.n} items are too few for a budget of {row.budget:g}: an unchanged model would need about "
             f"{row.needed}; smallest drop caught 4 times of 5: {row.smallest:.1f} points"
@@ -86,6 +88,16 @@ def junit(report: GateReport) -> str:
             ElementTree.SubElement(case, "system-out").text = "\n".join(filter(None, [detail, _numbers(row)]))
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def write_markdown(path: Path, report: GateReport, before: str = "before", after: str = "after") -> None:
+    """Write `markdown` to a file."""
+    write_text(path, markdown(report, before, after))
+
+
+def write_junit(path: Path, report: GateReport) -> None:
+    """Write `junit` to a file."""
+    write_text(path, junit(report))
 
 
 def _points(value: float, row: GateRow) -> str:

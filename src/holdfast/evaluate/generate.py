@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from holdfast.errors import UserError
 from holdfast.evaluate import text
 from holdfast.evaluate.engine import Engine
 from holdfast.evaluate.forward import Cache, evaluation_mode, is_out_of_memory
+from holdfast.evaluate.room import Room
 from holdfast.evaluate.tree import trunks
 
 MAX_ROWS = 64
@@ -43,43 +44,26 @@ class Prompt:
     stop: tuple[str, ...]
 
 
-class _Room(DynamicLayer):
-    """Keys and values in a buffer made once: appending a token copies that token, not the whole past."""
-
-    def __init__(self, rows: int, capacity: int, trunk: tuple[Tensor, Tensor] | None) -> None:
-        super().__init__()
-        self.rows, self.capacity, self.length = rows, capacity, 0
-        if trunk is not None:
-            keys, values = trunk
-            self.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._keys = key_states.new_empty((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
-            self._values = value_states.new_empty(
-                (self.rows, value_states.shape[1], self.capacity, value_states.shape[3])
-            )
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self._keys[:, :, start : self.length] = key_states
-        self._values[:, :, start : self.length] = value_states
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def keep(self, rows: Tensor) -> None:
-        self._keys, self._values = self._keys[rows], self._values[rows]
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-
 def extract_answer(output: str, pattern: str | None) -> str:
     """The last match's group 1, stripped ("" without a match); the whole text stripped without a pattern."""
     if pattern is None:
         return output.strip()
     found = list(re.finditer(pattern, output))
     return (found[-1].group(1) or "").strip() if found else ""
+
+
+def matches(metric: str, prediction: str, answer: str) -> bool:
+    """Whether an extracted answer is right: equal once stripped, or (numeric_match) equal as numbers."""
+    if metric == "numeric_match":
+        return _number(prediction) == _number(answer)
+    return prediction.strip() == answer.strip()
+
+
+def _number(answer: str) -> Fraction | str:
+    try:
+        return Fraction(answer.strip().replace(",", "").replace("$", "").rstrip("."))
+    except (ValueError, ZeroDivisionError):
+        return answer.strip()
 
 
 def cut(output: str, stop: Sequence[str]) -> str:
@@ -212,7 +196,7 @@ class _Decoder:
         positions = torch.where(column < len(trunk), column, column - pads[:, None]).clamp_min_(0)
         past: Any = DynamicCache()
         layers = getattr(self.forward.config, "num_hidden_layers", len(cache))
-        past.layers = [_Room(len(prompts), total, cache[k] if cache else None) for k in range(layers)]
+        past.layers = [Room(len(prompts), total, cache[k] if cache else None) for k in range(layers)]
         made: list[list[int]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))
         done = [False] * len(prompts)

@@ -1,8 +1,7 @@
-"""measure: one row per item with its score and probes; summarize: one row per task with an interval."""
+"""measure: one row per item, with its score and probes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from holdfast.errors import UserError
 from holdfast.evaluate import text
 from holdfast.evaluate.engine import Engine, Score
 from holdfast.evaluate.forward import evaluation_mode, world
-from holdfast.evaluate.generate import extract_answer, generate_texts
-from holdfast.evaluate.statistics import mean_interval, ratio_interval
+from holdfast.evaluate.generate import extract_answer, generate_texts, matches
+from holdfast.evaluate.sandbox import Sandbox
 from holdfast.evaluate.tasks import EvalTask, Item
 from holdfast.evaluate.text import BadItem
 from holdfast.evaluate.tree import Question
@@ -32,6 +32,7 @@ def measure(
     batch_tokens: int | None = None,
     on_item: Progress = None,
     stride: int | None = None,
+    sandbox: Sandbox | None = None,
 ) -> pd.DataFrame:
     """Score every item of every task with an in-memory causal LM; one row per item, in order.
 
@@ -41,10 +42,15 @@ def measure(
     choice: choice (index), logprobs (nats, one per choice), label_mass, choice_entropy, vocab_entropy (nats),
     confidence, memorization; generate: text; perplexity: words, bytes, memorization. `holdfast.evaluate.probes` says
     what they mean. ``batch_tokens`` bounds one forward (padding included); ``stride``: tokens a perplexity window
-    moves on (None: no overlap). ``on_item`` gets the number of items just finished.
-    Train mode, RNG and grad mode are as before afterwards. With torch.distributed every rank must call: each scores
-    its share and all get all rows. Cost: one forward over the distinct tokens (no prefix is run twice).
+    moves on (None: no overlap). ``on_item`` gets the number of items just finished. Programs (metric pass@1) are run
+    in ``sandbox`` and refused without. Train mode, RNG and grad mode are as before afterwards. With torch.distributed
+    every rank must call: each scores its share and all get all rows. Cost: one forward over the distinct tokens.
     """
+    for task in tasks:
+        if task.metric == "pass@1" and sandbox is None:
+            raise UserError(
+                f"task '{task.name}' runs generated programs: pass sandbox=Sandbox() (--run-code) to allow it."
+            )
     engine = Engine(model, batch_tokens)
     limit = text.max_length(engine.forward.model, tokenizer)
     frames = []
@@ -53,7 +59,7 @@ def measure(
         rows = _choice_rows(engine, tokenizer, [t for t in mine if t[0].kind == "choice"], limit, on_item)
         for task, items in mine:
             if task.kind == "generate":
-                rows[task.name] = _generate_rows(engine, tokenizer, task, items, limit, on_item)
+                rows[task.name] = _generate_rows(engine, tokenizer, task, items, limit, on_item, sandbox)
             elif task.kind == "perplexity":
                 rows[task.name] = _perplexity_rows(engine, tokenizer, task, items, limit, stride, on_item)
         engine.forward.finish()
@@ -204,7 +210,13 @@ def _divisors(metric: str, choices: Sequence[str]) -> np.ndarray:
 
 
 def _generate_rows(
-    engine: Engine, tokenizer: Any, task: EvalTask, items: Sequence[Item], limit: int, on_item: Progress
+    engine: Engine,
+    tokenizer: Any,
+    task: EvalTask,
+    items: Sequence[Item],
+    limit: int,
+    on_item: Progress,
+    sandbox: Sandbox | None,
 ) -> list[Row]:
     rows = [_row(task, item) for item in items]
     outputs = generate_texts(
@@ -221,8 +233,12 @@ def _generate_rows(
         row["error"] = output.error or ("" if item.answer is not None else "no answer to compare with")
         if row["error"]:
             continue
+        if sandbox is not None and task.metric == "pass@1":
+            failure = sandbox.run(f"{item.prompt}{output.text}\n{item.answer}")
+            row.update(score=float(not failure), prediction=failure or "passed", text=output.text)
+            continue
         answer = extract_answer(output.text, task.extract)
-        row.update(score=float(answer == str(item.answer).strip()), prediction=answer, text=output.text)
+        row.update(score=float(matches(task.metric, answer, str(item.answer))), prediction=answer, text=output.text)
     return rows
 
 
@@ -268,35 +284,3 @@ def _perplexity_rows(
             memorization=hits[index] / tokens_in[index],
         )
     return rows
-
-
-def summarize(items: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """One row per task: task, metric, value (percent, or perplexity), n, low, high, chance, errors, truncated.
-
-    Items with an error are left out of value and n and counted in errors. Intervals: Wilson's for 0/1 scores; for
-    perplexity a Student-t interval of the weighted mean log-likelihood over the texts (delta method), exponentiated.
-    """
-    table = []
-    for name, rows in items.groupby("task", sort=False):
-        good = rows[rows["score"].notna()]
-        metric = str(rows["metric"].iloc[0])
-        score = good["score"].to_numpy(dtype=float)
-        if metric == "perplexity":
-            mean, low, high = ratio_interval(score, good["weight"].to_numpy(dtype=float), confidence)
-            value, low, high = (math.exp(min(x, 700.0)) for x in (mean, low, high))
-        else:
-            value, low, high = (100.0 * x for x in mean_interval(score, confidence))
-        table.append(
-            {
-                "task": name,
-                "metric": metric,
-                "value": value,
-                "n": len(good),
-                "low": low,
-                "high": high,
-                "chance": float(rows["chance"].iloc[0]) if "chance" in rows else float("nan"),
-                "errors": len(rows) - len(good),
-                "truncated": int((rows["truncated"] > 0).sum()) if "truncated" in rows else 0,
-            }
-        )
-    return pd.DataFrame(table)

@@ -35,13 +35,16 @@ def paired_bootstrap(
     """Mean drop (before − after) with a percentile interval over resampled items (Efron 1979).
 
     ``weights`` (for instance tokens) make it a weighted mean of the items' differences. Items are resampled as pairs,
-    so what both checkpoints share cancels. Cost: ``resamples`` × distinct differences, not × items, where few differ.
+    so what both checkpoints share cancels. Items that either side could not score (NaN) are left out. Cost:
+    ``resamples`` × distinct differences, not × items, where few differ.
     """
     difference = _differences(before, after)
+    weight = np.ones(len(difference)) if weights is None else scores_array(weights, "weights")
+    scored = ~np.isnan(difference)
+    difference, weight = difference[scored], weight[scored]
     n = len(difference)
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    weight = np.ones(n) if weights is None else scores_array(weights, "weights")
     pairs, counts = np.unique(np.stack([difference, weight]), axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
     means = []

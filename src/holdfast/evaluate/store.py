@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from holdfast.errors import UserError
-from holdfast.evaluate.measuring import Progress, measure, summarize
+from holdfast.evaluate.measuring import Progress, measure
+from holdfast.evaluate.sandbox import Sandbox
+from holdfast.evaluate.summary import summarize
 from holdfast.evaluate.tasks import EvalTask
 from holdfast.files import digest, new_folder, write_json, write_text
 
@@ -42,6 +44,7 @@ def cached_measure(
     weights: str | None = None,
     batch_tokens: int | None = None,
     on_item: Progress = None,
+    sandbox: Sandbox | None = None,
 ) -> pd.DataFrame:
     """`measure`, but a task already scored with the same weights, tokenizer and settings is read back.
 
@@ -57,7 +60,7 @@ def cached_measure(
     paths = {task.name: cache / f"{digest({**settings, 'task': task.hash()})}.parquet" for task in tasks}
     missing = [task for task in tasks if not paths[task.name].exists()]
     if missing:
-        fresh = measure(model, tokenizer, missing, batch_tokens=batch_tokens, on_item=on_item)
+        fresh = measure(model, tokenizer, missing, batch_tokens=batch_tokens, on_item=on_item, sandbox=sandbox)
         for task in missing:
             _write_parquet(paths[task.name], fresh[fresh["task"] == task.name])
     return pd.concat([pd.read_parquet(paths[task.name]) for task in tasks], ignore_index=True)

@@ -12,7 +12,7 @@ from holdfast.files import digest
 
 METRICS = {
     "choice": ("acc", "acc_norm", "acc_bytes"),
-    "generate": ("exact_match", "pass@1"),
+    "generate": ("exact_match", "numeric_match", "pass@1"),
     "perplexity": ("perplexity",),
 }
 
@@ -40,7 +40,8 @@ class EvalTask:
     the choice of highest log-likelihood, ``acc_norm`` the highest per character of the choice (as lm-eval's code;
     its documents say bytes), ``acc_bytes`` the highest per UTF-8 byte.
     kind generate: greedy text up to the first ``stop`` string or ``max_new_tokens``; ``extract`` is a regex whose last
-    match's group 1 is compared with the answer, both stripped (None: the whole text).
+    match's group 1 is compared with the answer, both stripped (None: the whole text); ``numeric_match`` compares
+    them as numbers (1,000.0 is 1000); ``pass@1`` runs prompt + text + answer as a program, where a sandbox is given.
     kind perplexity: exp of the summed negative log-likelihood per token. ``chance`` is in percent.
     Raises UserError for an unknown kind or metric, no items, repeated ids or a bad regex.
     """

@@ -1,0 +1,43 @@
+"""``holdfast eval``: score a model on a panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("eval")
+    def evaluate_model(
+        model: Annotated[str, typer.Argument(help="A model: folder, .gguf file, hub id, or lab.")],
+        panel: Annotated[str, typer.Option(help="paper1, sfa, quick or lab.")] = "quick",
+        local_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' files; no hub is used.")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="Items per task, the same ones every time.")] = None,
+        out: Annotated[Path | None, typer.Option(help="Folder for items.parquet, summary.json, summary.md.")] = None,
+        dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16, auto.")] = "float32",
+        batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of one forward.")] = None,
+        run_code: Annotated[bool, typer.Option("--run-code", help="Run generated programs, in a sandbox.")] = False,
+        cache: Annotated[Path | None, typer.Option(help="Folder of cached scores.")] = None,
+    ) -> None:
+        """Score a model on a panel; every value with its 95 % interval."""
+        from rich.console import Console
+
+        from holdfast.cli.scores import score_table
+        from holdfast.evaluate.command import Request, evaluate
+        from holdfast.evaluate.store import save_results
+        from holdfast.evaluate.summary import summarize
+        from holdfast.study.quiet import quiet_libraries
+
+        quiet_libraries()
+        request = Request(panel, local_data, limit, dtype, batch_tokens, run_code, cache)
+        items, about = evaluate(model, request, lambda message: typer.echo(f"{message} …", err=True))
+        summary = summarize(items) if out is None else save_results(out, items, about)
+        Console().print(score_table(summary, f"{model} on {panel}"))
+        for row in items[items["error"] != ""].to_dict("records"):
+            typer.echo(f"{row['task']}, item {row['item']}: {row['error']}", err=True)
+        if out is not None:
+            typer.echo(f"Results: {out}")
