@@ -72,6 +72,23 @@ def test_a_missing_pad_token_becomes_the_end_token(tiny_model: Path, tmp_path: P
     assert load_tokenizer(folder).pad_token == "<eos>"
 
 
+def test_old_bin_folders_are_read_without_running_code(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_model, tmp_path / "m", without="*.safetensors")
+    weights = load_file(tiny_model / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert same(load_model(folder)[0], load_model(tiny_model)[0])
+    (folder / "pytorch_model.bin").unlink()
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({**weights, "trap": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="its weights can't be loaded"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 # ---------------------------------------------------------------- what can be wrong
 
 
