@@ -60,25 +60,29 @@ class Adapter:
 
     def numbers(self, name: str, start: int, stop: int, out: Array, scratch: Scratch) -> Array:
         """Effective weights start..stop, flattened."""
-        if name in self.whole:
-            return self.own.numbers(self.whole[name], start, stop, out, scratch)
         update = self.updates.get(name)
         if update is None:
-            return self.base.numbers(name, start, stop, out, scratch)
+            return self._before(name, start, stop, out, scratch)
         columns = update.right.shape[1]
         first, last = start // columns, -(-stop // columns)
         inside = slice(start - first * columns, stop - first * columns)
         if update.magnitude is None:
-            self.base.numbers(name, start, stop, out, scratch)
+            self._before(name, start, stop, out, scratch)
             delta = update.left[first:last] @ update.right
             return np.add(out, delta.reshape(-1)[inside], out=out)
         rows = np.empty((last - first) * columns, out.dtype)
-        self.base.numbers(name, first * columns, last * columns, rows, scratch)
+        self._before(name, first * columns, last * columns, rows, scratch)
         matrix = rows.reshape(-1, columns)
         matrix += update.left[first:last] @ update.right
         matrix *= (update.magnitude[first:last] / np.sqrt(np.square(matrix).sum(1)))[:, None]
         np.copyto(out, rows[inside])
         return out
+
+    def _before(self, name: str, start: int, stop: int, out: Array, scratch: Scratch) -> Array:
+        """The weights that the update is added to: the base's, unless the adapter brings its own."""
+        if name in self.whole:
+            return self.own.numbers(self.whole[name], start, stop, out, scratch)
+        return self.base.numbers(name, start, stop, out, scratch)
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         """Start reading the base's stretch."""
@@ -113,7 +117,7 @@ def open_adapter(folder: Path, base: Source | None) -> Adapter:
             if "lora_" in stem:
                 unknown.append(stem)
             else:
-                whole[_base_name(stem, root, folder)] = name
+                whole[_base_name(stem.replace(".base_layer.", "."), root, folder)] = name
     if unknown:
         raise UserError(f"{folder}: holds tensors that can't be merged: {', '.join(unknown[:5])}.")
     return Adapter(folder, root, own, updates, whole)
