@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -60,9 +60,17 @@ class Folder:
     def local(self, name: str, like: Tensor) -> Tensor:
         return shard_like(self.full(name), like)
 
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether the checkpoint has any of these tensors."""
+        return any(known in self._files for name in names for known in self._known_as(name))
+
+    def _known_as(self, name: str) -> list[str]:
+        """A parameter's names in a file: its own, those of what it is tied to, and PEFT's without the adapter's."""
+        return [name, *self._aliases.get(name, ()), name.replace(".default.", ".")]
+
     def full(self, name: str) -> Tensor:
         """The whole tensor on the CPU; UserError if the checkpoint has none of that name."""
-        for known in (name, *self._aliases.get(name, ())):
+        for known in self._known_as(name):
             if known in self._files:
                 with safe_open(str(self._files[known]), framework="pt") as file:
                     return file.get_tensor(known)

@@ -1,25 +1,24 @@
-"""Methods inside any Hugging Face ``Trainer``: the only host, and the only module that knows the Trainer."""
+"""The host: the window, its gradient, the edits of weights and the state of methods, inside a Trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from holdfast import run_state, tensors
 from holdfast.anchor import Anchor, Folder, Snapshot, aliases
 from holdfast.errors import UserError
 from holdfast.method import (
-    Batch,
     Context,
     Keep,
     Memory,
@@ -27,35 +26,17 @@ from holdfast.method import (
     apply_checkpoint,
     apply_data,
     compose_gradient,
-    compose_loss,
     with_seam,
 )
-from holdfast.probe import ModelProbe, evaluating, forward_logits, supervised
+from holdfast.probe import ModelProbe
 from holdfast.run_state import START
-from holdfast.unsupported import is_sft, refuse_unsupported
+from holdfast.trainer.loss import LossSeam
+from holdfast.unsupported import refuse_unsupported
 from holdfast.window import Window, WindowGradient, counters, restore_counters
 
-T = TypeVar("T", bound=type)
 
-
-@functools.cache
-def with_methods(trainer_class: T) -> T:
-    """A subclass of a Trainer class that also takes ``methods=[…]``.
-
-    ``with_methods(SFTTrainer)(model=…, args=…, train_dataset=…, methods=[SAM(rho=0.05), SFA(p=0.25)])`` works as the
-    class it came from: optimizer, scheduler, clipping, logging and checkpoints stay the Trainer's own. Further
-    arguments: ``memory`` (past tasks' training sets by name, oldest first), ``anchor`` (a checkpoint folder to use as
-    θ₀ instead of the weights when training starts), ``base`` (the checkpoint at the start of the stream of tasks).
-    With no methods the numbers are those of the class it came from. UserError for what can't work, at the start.
-    """
-    if issubclass(trainer_class, MethodsMixin):
-        return trainer_class
-    name = f"{trainer_class.__name__}WithMethods"
-    return type(name, (MethodsMixin, trainer_class), {"__doc__": trainer_class.__doc__})  # type: ignore[return-value]
-
-
-class MethodsMixin(Trainer):
-    """What :func:`with_methods` puts in front of a Trainer class."""
+class MethodsMixin(LossSeam):
+    """What :func:`holdfast.trainer.with_methods` puts in front of a Trainer class."""
 
     def __init__(
         self,
@@ -132,8 +113,8 @@ class MethodsMixin(Trainer):
             self._anchors |= run_state.load_start(resumed.parent, self._rank_file(), self._params)
         if with_seam(self.methods, "checkpoint"):
             self._anchor("task", "disk")  # taken now: after training it would be too late
-        for index, method in enumerate(self.methods):
-            method.begin(self._context(f"holdfast/{method.name}", index))
+        for method in self.methods:
+            method.begin(self._context(method))
         if resumed is not None:
             run_state.load(resumed, self._rank_file(), self.methods, self._params)
         elif self._saves_state():
@@ -151,12 +132,13 @@ class MethodsMixin(Trainer):
             )
             self._gradient = compose_gradient(self.methods, self._window_gradient, self._params)
 
-    def _context(self, prefix: str, index: int) -> Context:
+    def _context(self, method: Method) -> Context:
+        prefix = f"holdfast/{method.name}"
         return Context(
             params=self._params,
             model=self.model,
             total=self.state.max_steps,
-            seed=self.args.seed + 1000 * index,
+            seed=self.args.seed + zlib.crc32(method.name.encode()) % 100_000,  # whatever its place in the list
             optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
             find_anchor=self._anchor,
             log=lambda name, value: self._measured.setdefault(f"{prefix}/{name}", []).append(float(value)),
@@ -183,10 +165,6 @@ class MethodsMixin(Trainer):
             data = self._prepare_dataset(data, self.processing_class, self.args, False, None, "past")
         return self._remove_unused_columns(data, "past") if hasattr(data, "column_names") else data
 
-    def _shifts(self) -> bool:
-        """Whether labels are shifted inside the loss (causal language models)."""
-        return bool(getattr(self, "_loss_shifts_labels", True))
-
     def _anchor(self, which: str, keep: Keep) -> Anchor:
         """θ₀ by name, made once for all methods that want it in the same place."""
         path = self._anchor_paths.get(which, which)
@@ -195,9 +173,12 @@ class MethodsMixin(Trainer):
         key = f"{path} on {keep}"
         if key not in self._anchors:
             assert self.model is not None
-            found: Anchor = Folder(Path(path), aliases(self.model))
+            folder = Folder(Path(path), aliases(self.model))
+            if hasattr(self.model, "peft_config") and not folder.holds(self._params):
+                return self._start_of_training()  # a fresh adapter: the folder is the model under it
+            found: Anchor = folder
             if keep != "disk":
-                read = {name: found.local(name, param) for name, param in self._params.items()}
+                read = {name: folder.local(name, param) for name, param in self._params.items()}
                 found = Snapshot.of({name: part.to("cpu") for name, part in read.items()} if keep == "cpu" else read)
             self._anchors[key] = found
         return self._anchors[key]
@@ -231,55 +212,6 @@ class MethodsMixin(Trainer):
             kept = apply_checkpoint(methods, tuned, start)
             for name, part in tuned.items():
                 part.copy_(kept[name])
-
-    # ---- the loss ----
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss seam, in training only; evaluation losses stay the Trainer's own."""
-        assert self.model is not None
-        if return_outputs or not self.model.training or not self.is_in_train or not with_seam(self.methods, "loss"):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = Batch(
-            inputs,
-            self._token_weight(inputs, num_items_in_batch),
-            functools.partial(self._teacher_logits, inputs),
-        )
-
-        def innermost(batch: Batch) -> Tensor:
-            if not batch.want_logits:
-                return cast(Tensor, super(MethodsMixin, self).compute_loss(model, inputs, False, num_items_in_batch))
-            loss, batch.logits = self._loss_and_logits(model, inputs, num_items_in_batch)
-            return loss
-
-        return compose_loss(self.methods, innermost)(batch)
-
-    def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        assert self.model is not None
-        with evaluating(self.model), torch.no_grad():
-            return supervised(forward_logits(self.model, inputs), inputs["labels"], self._shifts())[0]
-
-    def _loss_and_logits(self, model: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor]:
-        """The Trainer's loss and the logits at supervised positions, from one forward pass.
-
-        TRL's own loss never makes the logits; there the model's loss is used, which is the same number.
-        """
-        labels = inputs["labels"]
-        plain: Any = Trainer if is_sft(self) else super()
-        given = (self, model) if is_sft(self) else (model,)
-        loss, outputs = plain.compute_loss(*given, inputs, return_outputs=True, num_items_in_batch=num_items)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-        return loss, supervised(logits, labels, self._shifts())[0]
-
-    def _token_weight(self, inputs: Mapping[str, Any], num_items: Any) -> Any:
-        """What a sum over supervised tokens is to be multiplied by, to be weighted as the Trainer's loss is."""
-        if num_items is None or not (self.model_accepts_loss_kwargs or is_sft(self)):
-            labels = inputs["labels"]
-            shifted = labels[:, 1:] if self._shifts() and labels.dim() == 2 else labels
-            return 1.0 / max(1, int((shifted != -100).sum()))
-        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        return ranks / num_items
 
     # ---- the window and its gradient ----
 
