@@ -13,7 +13,7 @@ def summarize(items: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per task: task, metric, value (percent, or perplexity), n, low, high, chance, errors, truncated.
 
     Items with an error are left out of value and n and counted in errors. Intervals: Wilson's for 0/1 scores; for
-    perplexity a Student-t interval of the weighted mean log-likelihood over the texts (delta method), exponentiated.
+    perplexity a jackknife Student-t interval of the log-likelihood per token over the texts, exponentiated.
     """
     table = []
     for name, rows in items.groupby("task", sort=False):
