@@ -31,6 +31,8 @@ def register(app: typer.Typer) -> None:
         weight: list[str] = typer.Option([], help="One weight per model: repeat, or separate with commas."),
         sweep: list[str] = typer.Option([], help="KEY=a,b,c or KEY=start:stop:step; several are combined."),
         panel: Optional[str] = typer.Option(None, help="Evaluate every output on this panel (lab, or tasks)."),  # noqa: UP045
+        axes: Optional[str] = typer.Option(None, help="Two tasks of the panel for the Pareto plane: X,Y."),  # noqa: UP045
+        limit: Optional[int] = typer.Option(None, min=1, help="Items per task of the panel."),  # noqa: UP045
         dtype: Optional[str] = typer.Option(None, help="Type of the output; the input's by default."),  # noqa: UP045
         embeddings: str = typer.Option("error", help="Where vocabularies differ: error, base or overlap."),
         allow_missing: bool = typer.Option(False, help="Keep the base's tensors where a model lacks them."),
@@ -75,7 +77,11 @@ def register(app: typer.Typer) -> None:
         if panel:
             from holdfast.merge.pareto import evaluate_sweep
 
-            typer.echo(evaluate_sweep(result, panel))
+            pair = tuple(axes.split(",")) if axes else None
+            if pair is not None and len(pair) != 2:
+                raise UserError(f"--axes takes two tasks, X,Y, not '{axes}'.")
+            typer.echo(evaluate_sweep(result, panel, pair, limit).round(2).to_string())
+            typer.echo(f"Pareto plane: {result.out / 'pareto.html'}")
 
 
 class Meter:

@@ -25,6 +25,7 @@ _PUBLIC = {
     "MergeResult": "checkpoints",
     "compute_fisher": "fisher_file",
     "save_fisher": "fisher_file",
+    "evaluate_sweep": "pareto",
 }
 
 __all__ = sorted(_PUBLIC)
