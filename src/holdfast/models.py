@@ -87,8 +87,7 @@ def source_hash(source: str | Path, *, revision: str | None = None) -> str:
     if found.kind == "gguf":
         return sha256_file(Path(found.at))
     if found.kind == "hub":
-        commit = getattr(_hub_config(found.at, revision), "_commit_hash", None)
-        return f"{found.at}@{commit or revision or 'main'}"
+        return f"{found.at}@{_hub_commit(found.at, revision)}"
     return weights_hash(found.at)
 
 
@@ -120,6 +119,15 @@ def _hub_config(name: str, revision: str | None) -> Any:
         hint = near if "Did you mean" in near else ""
         reason = "the hub can't be reached from here and its cache has no such model" if offline else _first_line(error)
         raise UserError(f"model '{name}'{at}: no such folder, and {reason}.{hint}") from error
+
+
+def _hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a revision of a hub model stands for: the cache keeps its files under that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    _hub_config(name, revision)  # brings the file into the cache
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision or "main"
 
 
 def _weights(found: Source, dtype: Any, revision: str | None) -> PreTrainedModel:
