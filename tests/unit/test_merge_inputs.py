@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +192,33 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     (tmp_path / "dcp" / ".metadata").write_bytes(b"junk")
     with pytest.raises(UserError, match="is not the metadata"):
         open_checkpoint(tmp_path / "dcp")
+
+
+SHARDED = """
+import os, sys
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]), world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+full = {"rows": torch.randn(7, 3), "columns": torch.randn(4, 6).bfloat16(), "whole": torch.randn(5)}
+cuts = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
+dcp.save({name: distribute_tensor(t, mesh, [cuts[name]]) for name, t in full.items()}, checkpoint_id=sys.argv[1])
+if dist.get_rank() == 0:
+    torch.save(full, sys.argv[1] + ".full")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+def test_shards_of_two_ranks_are_put_together(tmp_path):
+    out = tmp_path / "dcp"
+    commands = [sys.executable, "-c", SHARDED, str(out), str(tmp_path / "meet")]
+    ranks = [subprocess.Popen(commands, env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert len(list(out.glob("*.distcp"))) == 2
+    full = torch.load(f"{out}.full", weights_only=True)
+    merge_checkpoints("linear", [out], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == full.keys() and all(torch.equal(merged[name], full[name]) for name in full)
