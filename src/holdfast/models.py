@@ -65,6 +65,7 @@ def load_model(
             if found.kind == "adapter":
                 raise UserError(f"{found.at}: is a LoRA adapter already; leave out `lora`, or merge it first")
             model = _with_lora(model, settings, seed)
+    _make_savable(model)
     return model.eval(), tokenizer
 
 
@@ -172,6 +173,17 @@ def _tokenizer(found: Source, revision: str | None) -> PreTrainedTokenizerBase:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Many published models name a temperature without ``do_sample``; save_pretrained refuses that after training."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True  # the setting under which their temperature means something
 
 
 # ---------------------------------------------------------------- adapters

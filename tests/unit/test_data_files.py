@@ -132,6 +132,8 @@ def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "LICENSE.txt").write_text("do what you want")
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / ".hidden.jsonl").write_text("nonsense")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "old.jsonl").write_text("nonsense")
     assert raw_rows(tmp_path) == ROWS
 
 

@@ -54,6 +54,7 @@ def test_alpaca(tmp_path: Path, answer: str) -> None:
 
 def test_messages_become_a_prompt_and_an_answer(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"messages": [system("s"), user("a"), assistant("b")]})
+    assert read_examples(path, format="openai").to_list() == read_examples(path, format="messages").to_list()
     assert read_examples(path).to_list() == [{"prompt": [system("s"), user("a")], "completion": [assistant("b")]}]
 
 

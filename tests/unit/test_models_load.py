@@ -72,6 +72,15 @@ def test_a_missing_pad_token_becomes_the_end_token(tiny_model: Path, tmp_path: P
     assert load_tokenizer(folder).pad_token == "<eos>"
 
 
+def test_a_temperature_without_sampling_does_not_stop_a_save(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_model, tmp_path / "m")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "do_sample": False, "temperature": 0.6}))
+    model, tokenizer = load_model(folder)
+    save_model(model, tokenizer, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_old_bin_folders_are_read_without_running_code(tiny_model: Path, tmp_path: Path) -> None:
     folder = copy(tiny_model, tmp_path / "m", without="*.safetensors")
     weights = load_file(tiny_model / "model.safetensors")

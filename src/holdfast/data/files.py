@@ -56,7 +56,10 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and kind(path) in READERS and path.name not in NOT_DATA and not path.name.startswith(".")
+        if path.is_file()
+        and kind(path) in READERS
+        and path.name not in NOT_DATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)  # .cache, .git
     ]
     files = [path for path in files if kind(path) not in TEXT] or files
     if not files:

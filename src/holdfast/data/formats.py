@@ -14,6 +14,7 @@ Convert = Callable[[Mapping[str, Any], str], list[Example]]  # a row and where i
 Turns = Literal["each", "last", "keep"]
 
 FORMATS = ("alpaca", "sharegpt", "messages", "prompt_completion", "text")
+ALIASES = {"openai": "messages", "chatml": "messages"}
 ANSWERS = ("output", "response", "completion", "answer")  # Alpaca's answer column and its relatives
 TURNS = ("each", "last", "keep")
 ROLES = {
@@ -70,7 +71,7 @@ def converter(
         return _templates(prompt, completion, first, where, chat)
     if format == "auto":
         format = detect(first, where)
-    format = format.replace("-", "_")
+    format = ALIASES.get(format, format.replace("-", "_"))
     if format == "alpaca":
         return lambda row, at: [_pair(*_alpaca(row, at, chat), chat)]
     if format == "prompt_completion":
