@@ -92,25 +92,20 @@ def blocks(shards: Sequence[Shard]) -> list[Block]:
 
 
 class Writer:
-    """Output files, written by position from several threads."""
+    """Writes into the output files by position, from several threads; opening anew needs no limit on open files."""
 
-    def __init__(self, outputs: Sequence[Output], shards: Sequence[Shard]) -> None:
-        self._open = {
-            (i, one.name): os.open(out.folder / one.name, os.O_WRONLY)
-            for i, out in enumerate(outputs)
-            for one in shards
-        }
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self._folders = [output.folder for output in outputs]
 
     def write(self, which: int, block: Block, start: int, raw: Array) -> None:
         """Write ``raw`` (storage type) as the tensor's elements from ``start`` on."""
         view, done = raw.data.cast("B"), 0
         offset = block.tensor.offset + start * itemsize(block.tensor.dtype)
-        while done < len(view):
-            done += os.pwrite(self._open[which, block.shard.name], view[done:], offset + done)
-
-    def close(self) -> None:
-        """Close all files."""
-        for descriptor in self._open.values():
+        descriptor = os.open(self._folders[which] / block.shard.name, os.O_WRONLY)
+        try:
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done:], offset + done)
+        finally:
             os.close(descriptor)
 
 
@@ -133,7 +128,7 @@ class Engine:
         progress: Progress | None,
     ) -> dict[Path, str]:
         """Do the jobs not yet done; returns SHA-256 by input file (those in ``hashes`` are taken as known)."""
-        writer, found = Writer(self.outputs, self.shards), dict(hashes)
+        writer, found = Writer(self.outputs), dict(hashes)
         todo = list(enumerate(blocks(self.shards)))
         total = sum(self._bytes(block) for _, block in todo)
         written, lock = sum(self._bytes(block) for i, block in todo if i in done), threading.Lock()
@@ -157,10 +152,7 @@ class Engine:
             return run
 
         jobs = [job(position) for position in range(len(remaining))]
-        try:
-            run_jobs(self._with_hashing(jobs, found), threads)
-        finally:
-            writer.close()
+        run_jobs(self._with_hashing(jobs, found), threads)
         return found
 
     def _with_hashing(self, jobs: list[Job], found: dict[Path, str]) -> list[Job]:

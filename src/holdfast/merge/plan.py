@@ -127,7 +127,8 @@ def make_plan(
 ) -> MergePlan:
     """Open and compare the inputs and decide every output; whatever the user got wrong raises ``UserError``."""
     name, _ = resolve(method, settings)
-    family, models = METHODS[name], list(models)
+    family, models = METHODS[name], [_place(model) for model in models]
+    base = None if base is None else _place(base)
     if name == "slerp" and base is not None and len(models) == 1:
         models = [base, *models]
     _check_arguments(name, family, models, base, weights, embeddings)
@@ -158,6 +159,16 @@ def make_plan(
         shards, variants, companions(folders), None if target is None else TORCH_NAMES[target],
         threads or cores() + 1, identity,
     )  # fmt: skip
+
+
+def _place(model: PathLike) -> PathLike:
+    """A path as it is; ``lab`` and the names of fetched models are turned into their folders."""
+    if Path(model).exists():
+        return model
+    from holdfast.sources import locate
+
+    found = locate(model)
+    return found.at if found.kind == "folder" else model
 
 
 def _check_arguments(
