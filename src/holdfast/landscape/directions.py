@@ -77,35 +77,36 @@ class Noise:
         """Find the row scales of ``filter``, one pass over the noise; nothing to do for ``gaussian``."""
         if self.kind != "filter":
             return
-        for cell, home in zip(mover.cells, mover.home, strict=True):
-            noise = self._row_norms(mover, cell)
-            weight = _row_norms_of(mover, cell, home)
-            self.scales[cell.name] = torch.where(noise > 0, weight / noise, 0.0).to(cell.work_dtype)
+        for index, cell in enumerate(mover.cells):
+            noise, weight = self._row_squares(mover, index)
+            if len(cell.shape) < 2:  # the one row may be cut by sharding
+                sum_over_shards(mover, cell, weight)
+            scale = torch.where(noise > 0, (weight / noise).sqrt(), 0.0)
+            self.scales[cell.name] = scale.to(cell.work_dtype)
 
-    def _row_norms(self, mover: Mover, cell: Cell) -> Tensor:
-        norms = torch.zeros(cell.count // cell.row, dtype=torch.float64, device=cell.view.device)
+    def _row_squares(self, mover: Mover, index: int) -> tuple[Tensor, Tensor]:
+        """Squared norms of the rows of the noise and of θ, block by block; rows of other ranks stay 0."""
+        cell, home = mover.cells[index], mover.home[index]
+        noise = torch.zeros(cell.count // cell.row, dtype=torch.float64, device=home.device)
+        weight = torch.zeros_like(noise)
 
         def one(job: tuple[int, int, int]) -> None:
             number, low, high = job
-            low, high = number * cell.block, min((number + 1) * cell.block, cell.count)  # whole, not this rank's part
-            rows = self._draw(cell, number)[: high - low].view(-1, cell.row)
-            norms[low // cell.row : high // cell.row] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            start, end = number * cell.block, min((number + 1) * cell.block, cell.count)
+            drawn = self._draw(cell, number)[: end - start].view(-1, cell.row)
+            noise[start // cell.row : end // cell.row] = _squares(drawn)
+            part = home[low - cell.start : high - cell.start]
+            if len(cell.shape) < 2:
+                weight[0] += part.double().square().sum()
+            else:
+                weight[low // cell.row : high // cell.row] = _squares(part.view(-1, cell.row))
 
         mover.each(one, list(cell.blocks()))
-        return norms
+        return noise, weight
 
 
-def _row_norms_of(mover: Mover, cell: Cell, home: Tensor) -> Tensor:
-    """Norms of the rows of θ; rows of other ranks are left at 0, a row cut by sharding is summed over ranks."""
-    squares = torch.zeros(cell.count // cell.row, dtype=torch.float64, device=home.device)
-    if len(cell.shape) == 1:  # the one row may be cut by sharding
-        squares[0] = torch.linalg.vector_norm(home, dtype=torch.float64) ** 2
-        sum_over_shards(mover, cell, squares)
-    elif home.numel():
-        first = cell.start // cell.row
-        rows = torch.linalg.vector_norm(home.view(-1, cell.row), dim=1, dtype=torch.float64)
-        squares[first : first + rows.numel()] = rows**2
-    return squares.sqrt()
+def _squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
 def sum_over_shards(mover: Mover, cell: Cell, value: Tensor) -> None:
