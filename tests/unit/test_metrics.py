@@ -79,22 +79,9 @@ def test_relative_drop() -> None:
 
 
 COLUMNS = [
-    "mmlu_stem",
-    "mmlu_humanities",
-    "mmlu_social_sciences",
-    "mmlu_other",
-    "race_middle",
-    "race_high",
-    "openbookqa_fact",
-    "csl_dev",
-    "arc_challenge",
-    "boolq",
-    "ax_b",
-    "ax_g",
-    "rte",
-    "copa",
-    "hellaswag",
-    "siqa",
+    *("mmlu_stem", "mmlu_humanities", "mmlu_social_sciences", "mmlu_other"),
+    *("race_middle", "race_high", "openbookqa_fact", "csl_dev", "arc_challenge"),
+    *("boolq", "ax_b", "ax_g", "rte", "copa", "hellaswag", "siqa"),
 ]
 # arXiv 2406.04836, Table 5 (Llama2-7b) as printed
 TABLE_5 = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.evaluate.tasks import EvalTask, Item
 
 if TYPE_CHECKING:
+    from holdfast.evaluate.callback import EvaluateEvery
     from holdfast.evaluate.harness import PrefixSharingLM
     from holdfast.evaluate.measuring import measure
     from holdfast.evaluate.summary import summarize
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "measure": "holdfast.evaluate.measuring",
     "summarize": "holdfast.evaluate.summary",
+    "EvaluateEvery": "holdfast.evaluate.callback",
     "PrefixSharingLM": "holdfast.evaluate.harness",
 }
 
-__all__ = ["EvalTask", "Item", "PrefixSharingLM", "measure", "summarize"]
+__all__ = ["EvalTask", "EvaluateEvery", "Item", "PrefixSharingLM", "measure", "summarize"]
 
 
 def __getattr__(name: str) -> Any:
