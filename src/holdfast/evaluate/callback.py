@@ -26,8 +26,8 @@ class EvaluateEvery(TrainerCallback):
     ``seconds``: time one evaluation may take. The first evaluation takes items of every task in growing blocks until
     that time is spent, and the same items are asked ever after, so that all points are paired. ``log`` gets the scores
     as {"panel/<task>": value}; ``trainer.log`` sends them to the Trainer's loggers. ``history`` holds one per-item
-    table per evaluation. RNG, train mode and weights are untouched: training is the same bit for bit. Under DDP and FSDP2
-    every rank takes part and rank 0's clock decides.
+    table per evaluation. RNG, train mode and weights are untouched: training is the same bit for bit. Under DDP and
+    FSDP2 every rank takes part and rank 0's clock decides.
     """
 
     def __init__(
