@@ -15,6 +15,7 @@ from holdfast.evaluate.tree import Batch, Question, batches
 
 CPU_TOKENS = 1024  # tokens a forward: measured best on two cores, see docs/results/evaluate.md
 ACCELERATOR_TOKENS = 16384
+CACHED_TOKENS = 16  # cached tokens (trunk and rows) of one forward, in units of batch_tokens
 HEAD_ROWS = 256  # positions whose log-softmax is made at once
 HEAD_VALUES = 1 << 27  # values of float32 logits a forward may make (512 MiB)
 
@@ -92,8 +93,15 @@ class Engine:
             self.check()
             share = self.forward.packed
             vocabulary = self.forward.model.get_input_embeddings().weight.shape[0]
-            budget = max(1, min(self.batch_tokens, HEAD_VALUES // vocabulary))
-            plan = batches(questions, budget, share=share, cost=self.trunk_cost, memory=16 * budget, most=self.max_rows)
+            plan = batches(
+                questions,
+                self.batch_tokens,
+                share=share,
+                cost=self.trunk_cost,
+                memory=CACHED_TOKENS * self.batch_tokens,
+                most=self.max_rows,
+                heads=HEAD_VALUES // vocabulary,
+            )
             scores = self._score(questions, plan, share=share, on_item=on_item)
             if finish:
                 self.forward.finish()

@@ -100,7 +100,6 @@ class Forward:
         self.rank, self.ranks = world()
         self.lockstep = self.ranks > 1 and is_sharded(self.model)
         self.packed = True
-        self.calls = 0
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +132,6 @@ class Forward:
         """
         if self.lockstep:
             self._announce(True)
-        self.calls += 1
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         picked = False
 

@@ -14,14 +14,13 @@ from transformers import DynamicCache
 
 from holdfast.errors import UserError
 from holdfast.evaluate import text
-from holdfast.evaluate.engine import Engine
+from holdfast.evaluate.engine import CACHED_TOKENS, Engine
 from holdfast.evaluate.forward import Cache, evaluation_mode, is_out_of_memory
 from holdfast.evaluate.room import Room
 from holdfast.evaluate.tree import trunks
 
 MAX_ROWS = 64
 KEEP = 0.75  # share of unfinished rows below which the batch is compacted
-CACHED_TOKENS = 16  # cached tokens a batch may hold, in units of the engine's batch_tokens
 
 
 @dataclass

@@ -45,6 +45,30 @@ class Row:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def scored(self) -> int:
+        """Nodes whose logits are needed."""
+        return len({node for node, _, _ in self.pairs})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one forward may hold: tokens, cached keys, rows, positions with logits (None: any)."""
+
+    tokens: int
+    memory: int | None
+    rows: int | None
+    heads: int | None
+
+    def allow(self, rows: int, width: int, trunk: int, scored: int) -> bool:
+        """Whether so many rows of that width, behind that trunk, fit in one forward."""
+        return (
+            rows * width <= self.tokens
+            and (self.memory is None or rows * (trunk + width) <= self.memory)
+            and (self.rows is None or rows <= self.rows)
+            and (self.heads is None or scored <= self.heads)
+        )
+
 
 @dataclass
 class Batch:
@@ -170,11 +194,13 @@ def batches(
     cost: int = 64,
     memory: int | None = None,
     most: int | None = None,
+    heads: int | None = None,
 ) -> list[Batch]:
     """Plan the forwards: trunks, then rows of like length, at most ``budget`` tokens (padding included) each.
 
-    ``memory`` bounds rows × (trunk + width), the cached keys of one forward; ``most`` the rows. Without ``share`` each
-    continuation is a row of its own, for models that take no block mask.
+    ``memory`` bounds rows × (trunk + width), the cached keys of one forward; ``most`` the rows; ``heads`` the
+    positions whose logits are made. Without ``share`` each continuation is a row of its own, for models that take no
+    block mask.
     """
     if not share:
         rows = [
@@ -182,11 +208,11 @@ def batches(
             for q, asked in enumerate(questions)
             for k, tokens in enumerate(asked.continuations)
         ]
-        return _pack((), rows, budget, None, most)
+        return _pack((), rows, Limits(budget, None, most, heads))
     plan: list[Batch] = []
     for trunk, members in trunks([asked.context for asked in questions], cost):
         rows = [build_row(q, questions[q], len(trunk)) for q in members]
-        plan.extend(_pack(trunk, rows, budget, memory, most))
+        plan.extend(_pack(trunk, rows, Limits(budget, memory, most, heads)))
     return plan
 
 
@@ -195,16 +221,16 @@ def _chain_pairs(asked: Question, k: int) -> list[tuple[int, int, int]]:
     return [(start + i, target, k) for i, target in enumerate(asked.continuations[k])]
 
 
-def _pack(trunk: tuple[int, ...], rows: list[Row], budget: int, memory: int | None, most: int | None) -> list[Batch]:
+def _pack(trunk: tuple[int, ...], rows: list[Row], limits: Limits) -> list[Batch]:
     """Longest rows first, so that the first batch shows at once whether the budget fits the memory."""
     plan: list[Batch] = []
+    scored = 0
     for row in sorted(rows, key=len, reverse=True):
-        last = plan[-1] if plan else None
-        width = len(last.rows[0]) if last else 0
-        count = len(last.rows) + 1 if last else 0
-        full = last is None or count * width > budget or (memory is not None and count * (len(trunk) + width) > memory)
-        if last is None or full or (most is not None and count > most):
-            plan.append(Batch(trunk, [row]))
+        needed = row.scored
+        if plan and limits.allow(len(plan[-1].rows) + 1, len(plan[-1].rows[0]), len(trunk), scored + needed):
+            plan[-1].rows.append(row)
+            scored += needed
         else:
-            last.rows.append(row)
+            plan.append(Batch(trunk, [row]))
+            scored = needed
     return plan
