@@ -10,8 +10,8 @@ Times are wall-clock of the whole command, so they include starting Python and i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -93,18 +93,26 @@ def make_large(folder: Path, gigabytes: float, seed: int) -> Path:
     return folder
 
 
+# A child's peak memory starts at that of the process that forked it, so a small process stands in between.
+LAUNCHER = """
+import json, os, sys, time
+started = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print(json.dumps([time.perf_counter() - started, usage.ru_maxrss / 1e6, status]))
+"""
+
+
 def run(command: list[str | Path], out: Path | None = None) -> tuple[float, float]:
     """Wall seconds and peak resident memory (GB) of a command; ``out`` is removed first."""
     if out is not None:
         shutil.rmtree(out, ignore_errors=True)
-    started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
+    words = [shutil.which(str(command[0])) or str(command[0]), *map(str, command[1:])]
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *words], capture_output=True, text=True, check=True)
+    seconds, memory, status = json.loads(done.stdout.splitlines()[-1])
     if status:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{errors.decode()[-3000:]}")
-    return seconds, usage.ru_maxrss / 1e6
+        raise SystemExit(f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return seconds, memory
 
 
 def holdfast(*words: str | Path) -> list[str | Path]:
@@ -130,18 +138,43 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(x - y)
 
 
-def compare(ours: Path, theirs: Path) -> str:
-    """Largest difference and share of equal numbers over all tensors."""
-    worst, equal, total = 0, 0, 0
-    with StateDict.open(ours) as first, StateDict.open(theirs) as second:
+def decoded(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float64."""
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def compare(ours: Path, theirs: Path, inputs: list[Path], density: float | None) -> str:
+    """How far two results are apart, and why where it is more than one ulp.
+
+    Two reasons are harmless. Cancellation: the merged number is so near 0 that the inputs' float32 rounding shows
+    (difference at most 2^-22 of the inputs' magnitudes). Ties: a magnitude equals the trim threshold exactly, and an
+    unstable sort may keep any of the equal ones.
+    """
+    counts = dict.fromkeys(("equal", "one", "cancelled", "tied", "unexplained", "all"), 0)
+    with contextlib.ExitStack() as stack:
+        first, second, *rest = (stack.enter_context(StateDict.open(path)) for path in (ours, theirs, *inputs))
         for name in first:
-            distance = ulps(first.array(name), second.array(name))
-            worst, equal, total = (
-                max(worst, int(distance.max())),
-                equal + int((distance == 0).sum()),
-                total + distance.size,
-            )
-    return f"max {worst} ulp, {equal / total:.4%} identical"
+            a, b = first.array(name), second.array(name)
+            distance = ulps(a, b)
+            far = distance > 1
+            values = [decoded(one.array(name)) for one in rest]
+            scale = sum(np.abs(value) for value in values)
+            cancelled = far & (np.abs(decoded(a) - decoded(b)) <= 2.0**-22 * scale)
+            tied = np.zeros(far.shape, bool)
+            if density is not None:
+                for value in values[1:]:
+                    size = np.abs(value - values[0])
+                    keep = max(1, int(density * size.size))
+                    tied |= size == np.partition(size.ravel(), size.size - keep)[size.size - keep]
+            tied &= far & ~cancelled
+            found = (distance == 0, distance == 1, cancelled, tied, far & ~cancelled & ~tied, np.ones_like(far))
+            for key, mask in zip(counts, found):
+                counts[key] += int(mask.sum())
+    return (
+        f"{counts['equal'] / counts['all']:.4%} identical, {counts['one']} of {counts['all']} differ by 1 ulp, "
+        f"{counts['cancelled']} by more after cancellation, {counts['tied']} at tied thresholds, "
+        f"{counts['unexplained']} unexplained"
+    )
 
 
 def spread(values: list[float], unit: str = "s") -> str:
@@ -173,7 +206,7 @@ def against_peer(paths: list[Path], work: Path, peer: Path | None, repeats: int)
         if peer:
             ratio = statistics.median([s for s, _ in peer_runs]) / statistics.median([s for s, _ in ours_runs])
             print(f"  mergekit {spread([s for s, _ in peer_runs])}, peak {max(m for _, m in peer_runs):.3f} GB")
-            print(f"  {ratio:.1f}x faster; {compare(mine, theirs)}")
+            print(f"  {ratio:.1f}x faster; {compare(mine, theirs, paths, DENSITY if method == 'ties' else None)}")
 
 
 def model_scope(paths: list[Path], work: Path) -> None:
