@@ -39,7 +39,7 @@ class ModelProbe:
 
     def examples(self, task: str | None, count: int, seed: int) -> list[Any]:
         if task not in self._prepared:
-            self._prepared[task] = self._task if task is None else self._prepare(self._past[task])
+            self._prepared[task] = self._prepare(self._task if task is None else self._past[task])
         rows = self._prepared[task]
         return [rows[index] for index in random.Random(seed).sample(range(len(rows)), min(count, len(rows)))]
 

@@ -174,3 +174,27 @@ def test_engines_that_are_refused(trainer: Any, methods: Any, way_out: str) -> N
     with pytest.raises(UserError, match=way_out):
         refuse_unsupported(trainer, methods)
     refuse_unsupported(trainer, [Rehearsal(), WiSEFT()])  # these two ask nothing of the engine
+
+
+def test_where_the_anchor_lives_changes_nothing(tmp_path: Path) -> None:
+    """A copy beside the weights, one in main memory, or the folder read at every step: the same bits."""
+    start = tiny_llama()
+    start.save_pretrained(tmp_path / "start")
+    runs = [train(tmp_path, [L2(weight=0.5)])]
+    for keep in ("device", "cpu", "disk"):
+        runs.append(train(tmp_path, [L2(weight=0.5, keep=keep)], extra={"anchor": tmp_path / "start"}))
+    assert all(same_bits(weights(runs[0]), weights(other)) for other in runs[1:])
+
+
+def test_base_is_the_start_of_the_stream_and_a_folder_is_itself(tmp_path: Path) -> None:
+    other = tiny_llama()
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(0.5)
+    other.save_pretrained(tmp_path / "base")
+    far = {name: param.detach() for name, param in other.named_parameters()}
+    expected = {name: 0.5 * value + 0.5 * far[name] for name, value in weights(train(tmp_path)).items()}
+    extra = {"base": tmp_path / "base"}
+    assert distance(weights(train(tmp_path, [SFA(p=1.0, anchor="base")], extra=extra)), expected) <= 1e-7
+    named = SFA(p=1.0, anchor=str(tmp_path / "base"))
+    assert distance(weights(train(tmp_path, [named])), expected) <= 1e-7

@@ -368,3 +368,18 @@ def test_distillation_adds_the_divergence_of_the_anchor() -> None:
 
 def test_take_of_a_list_of_rows() -> None:
     assert [take(["a", "b", "c"], [2, 0])[i] for i in range(2)] == ["c", "a"]
+
+
+def test_merging_at_a_tasks_end_is_the_merging_of_checkpoints() -> None:
+    """FisherMerge and WiSEFT give what the pure functions of holdfast.merge give."""
+    from holdfast.merge import fisher, linear
+
+    generator = torch.Generator().manual_seed(8)
+    start, end, at_start, at_end = (torch.rand(5, generator=generator) for _ in range(4))
+    at_start[0] = at_end[0] = 0.0
+    method = FisherMerge(weight=2.0, anchor_weight=0.5)
+    method.at_anchor, method.at_end = {"w": at_start}, {"w": at_end}
+    merged = method.checkpoint({"w": end}, {"w": start})["w"]
+    torch.testing.assert_close(merged, fisher([start, end], [at_start, at_end], [0.5, 2.0]))
+    mixed = WiSEFT(alpha=0.3).checkpoint({"w": end}, {"w": start})["w"]
+    torch.testing.assert_close(mixed, linear([start, end], weights=[0.7, 0.3]))

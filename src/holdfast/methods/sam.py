@@ -161,6 +161,7 @@ class SAM(Method):
             return before
         if before is not None and after is not None:
             self._context.log("sharpness", float(after - before))
+        self._context.log("skipped", 0.0)
         if self.reuse:
             self._remember_sharp(moved, plain)
         return before

@@ -160,7 +160,7 @@ class MethodsMixin(LossSeam):
         )
 
     def _prepared(self, data: Any) -> Any:
-        """A past task's data as the collator takes it: tokenized by TRL, unused columns removed."""
+        """A training set as the collator takes it: tokenized by TRL, unused columns removed."""
         if hasattr(self, "_prepare_dataset") and "input_ids" not in getattr(data, "column_names", ["input_ids"]):
             data = self._prepare_dataset(data, self.processing_class, self.args, False, None, "past")
         return self._remove_unused_columns(data, "past") if hasattr(data, "column_names") else data

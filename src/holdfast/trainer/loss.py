@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from holdfast.errors import UserError
 from holdfast.method import Batch, Method, compose_loss, with_seam
 from holdfast.probe import evaluating, forward_logits, supervised
 from holdfast.unsupported import is_sft
@@ -27,6 +28,9 @@ class LossSeam(Trainer):
         assert self.model is not None
         if return_outputs or not self.model.training or not self.is_in_train or not with_seam(self.methods, "loss"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            names = ", ".join(method.name for method in with_seam(self.methods, "loss"))
+            raise UserError(f"{names}: batches need 'labels'; they have {', '.join(inputs)}.")
         batch = Batch(
             inputs,
             self._token_weight(inputs, num_items_in_batch),

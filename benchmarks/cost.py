@@ -1,0 +1,251 @@
+"""What each method costs: step time and peak memory as a ratio to plain AdamW, measured side by side in one run.
+
+    python benchmarks/cost.py --model lab                         # the embedded model, every method
+    python benchmarks/cost.py --model 100m --only plain sam sam-10 l2 sfa
+    python benchmarks/cost.py --model lab --peer-python PEER/bin/python    # also pytorch_optimizer's SAM, if it has it
+
+Every run is a fork of one process, so that peak memory is the run's own; rounds of all methods alternate, and a ratio
+is the median over rounds of (method / plain of the same round). ``--clock cpu`` counts processor time instead of wall
+time: use it where other programs run on the machine. The first steps are not counted. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+SIZES: dict[str, dict[str, int]] = {
+    "100m": {"vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11},
+    "tiny": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+}
+
+
+def methods() -> dict[str, Callable[[], list[Any]]]:
+    from holdfast import EMA, EWC, L2, SAM, SFA, Distill, FisherMerge, Freeze, Rehearsal, WiSEFT
+    from holdfast.methods import L1, MomentumSAM
+
+    return {
+        "plain": list,
+        "sam": lambda: [SAM(rho=0.05)],
+        "sam-asam": lambda: [SAM(rho=0.5, adaptive="asam")],
+        "sam-norm": lambda: [SAM(rho=0.05, scope="norm")],
+        "sam-micro": lambda: [SAM(rho=0.05, group="micro")],
+        "sam-10": lambda: [SAM(rho=0.05, every=10)],
+        "looksam-10": lambda: [SAM(rho=0.05, every=10, reuse=0.7)],
+        "msam": lambda: [MomentumSAM(rho=0.5)],
+        "l2": lambda: [L2(weight=0.1)],
+        "l1": lambda: [L1()],
+        "ewc": lambda: [EWC(samples=4)],
+        "freeze": lambda: [Freeze(layers=1)],
+        "distill": lambda: [Distill()],
+        "sfa": lambda: [SFA(p=0.25)],
+        "ema": lambda: [EMA()],
+        "wiseft": lambda: [WiSEFT()],
+        "fisher_merge": lambda: [FisherMerge(samples=4)],
+        "rehearsal": lambda: [Rehearsal(share=0.1)],
+    }
+
+
+def make_model(name: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    if name == "lab":
+        from transformers import AutoModelForCausalLM
+
+        from holdfast.lab import model_dir
+
+        return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)
+    heads = {"num_attention_heads": 12 if name == "100m" else 2, "max_position_embeddings": 1024}
+    return LlamaForCausalLM(LlamaConfig(**SIZES[name], **heads)).float()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count: int, length: int, vocabulary: int) -> None:
+        self.ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class StepTimes(TrainerCallback):
+    """Time from one step's begin to the next one's: everything a step costs, edits of weights included."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.marks = clock, [clock()]
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.marks.append(self.clock())
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.marks.append(self.clock())
+
+
+def measure(label: str, given: argparse.Namespace, anchor: str, sender: Any) -> None:
+    """One training run in a process of its own; sends seconds per step and peak memory."""
+    from holdfast import with_methods
+
+    model = make_model(given.model)
+    vocabulary = model.config.vocab_size
+    times = StepTimes(CLOCKS[given.clock])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = with_methods(Trainer)(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=given.steps + given.warm,
+                per_device_train_batch_size=given.batch,
+                gradient_accumulation_steps=given.accumulation,
+                learning_rate=1e-5,
+                logging_steps=given.steps,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=given.cpu,
+            ),
+            train_dataset=Rows((given.steps + given.warm) * given.batch * given.accumulation, given.length, vocabulary),
+            methods=methods()[label](),
+            memory={"past": Rows(64, given.length, vocabulary)},
+            anchor=anchor,
+            callbacks=[times],
+        )
+        trainer.train()
+    steps = times.marks[given.warm + 1 :]
+    seconds = (steps[-1] - steps[0]) / (len(steps) - 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available() and not given.cpu:
+        peak = torch.cuda.max_memory_allocated()
+    sender.send({"seconds": seconds, "peak": peak, "setup": times.marks[1] - times.marks[0]})
+
+
+def peer_sam(given: argparse.Namespace) -> None:
+    """AdamW and pytorch_optimizer's SAM around AdamW on the same model, alternating; run by the peer's Python."""
+    from pytorch_optimizer import SAM
+
+    clock, found = CLOCKS[given.clock], {"adamw": [], "sam": []}
+    for _ in range(given.rounds):
+        for kind in found:
+            model = make_model(given.model)
+            if kind == "sam":
+                optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=1e-5)
+            else:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+            rows = Rows(given.batch, given.length, model.config.vocab_size).ids
+
+            def closure(model: Any = model, rows: Any = rows) -> Any:
+                loss = model(input_ids=rows, labels=rows).loss
+                loss.backward()
+                return loss
+
+            for step in range(given.steps + given.warm):
+                if step == given.warm:
+                    start = clock()
+                loss = closure()
+                optimizer.step(closure) if kind == "sam" else optimizer.step()
+                optimizer.zero_grad()
+                float(loss)
+            found[kind].append((clock() - start) / given.steps)
+    ratios = [sam / plain for sam, plain in zip(found["sam"], found["adamw"], strict=True)]
+    print(json.dumps({"ratios": ratios, "seconds": statistics.median(found["sam"])}))
+
+
+def run(label: str, given: argparse.Namespace, anchor: str) -> dict[str, float]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(label, given, anchor, sender))
+    process.start()
+    sender.close()
+    try:
+        result: dict[str, float] = receiver.recv()
+    except EOFError:
+        process.join()
+        sys.exit(f"{label}: the run failed (exit code {process.exitcode})")
+    process.join()
+    return result
+
+
+def table(results: dict[str, list[dict[str, float]]], weight_bytes: float) -> str:
+    lines = [
+        "| method | step time (ratio, range) | peak memory (ratio) | extra copies of the weights | seconds a step |",
+        "|---|---|---|---|---|",
+    ]
+    plain = results["plain"]
+    for label, rounds in results.items():
+        ratios = sorted(mine["seconds"] / base["seconds"] for mine, base in zip(rounds, plain, strict=True))
+        peak = statistics.median(each["peak"] for each in rounds)
+        base = statistics.median(each["peak"] for each in plain)
+        lines.append(
+            f"| {label} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) | {peak / base:.2f} "
+            f"| {(peak - base) / weight_bytes:+.2f} | {statistics.median(each['seconds'] for each in rounds):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="lab", choices=["lab", *SIZES])
+    parser.add_argument("--only", nargs="+", help="labels of the table; plain is always run")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="counted steps; a multiple of 10 counts cheap forms right"
+    )
+    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available())
+    parser.add_argument("--peer-python", help="a Python with torch, transformers and pytorch_optimizer")
+    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = options()
+    torch.set_num_threads(given.threads)
+    if given.as_peer:
+        peer_sam(given)
+        return
+    labels = [label for label in methods() if not given.only or label in given.only or label == "plain"]
+    results: dict[str, list[dict[str, float]]] = {label: [] for label in labels}
+    with tempfile.TemporaryDirectory() as anchor:
+        model = make_model(given.model)
+        weight_bytes = sum(param.numel() * param.element_size() for param in model.parameters())
+        model.save_pretrained(anchor)
+        del model
+        for number in range(given.rounds):
+            for label in labels:
+                results[label].append(run(label, given, anchor))
+                print(f"round {number + 1}: {label} {results[label][-1]['seconds']:.3f} s", file=sys.stderr)
+    print(f"model {given.model}: {weight_bytes / 4e6:.1f} M parameters, fp32, {given.batch} x {given.length} tokens")
+    print(f"{given.rounds} rounds of {given.steps} steps, {given.clock} clock, {given.threads} thread(s), ", end="")
+    print(f"torch {torch.__version__}, {platform.machine()}\n\n{table(results, weight_bytes)}")
+    if given.peer_python:
+        passed = ["--model", given.model, "--steps", given.steps, "--rounds", given.rounds, "--batch", given.batch]
+        passed += ["--length", given.length, "--threads", given.threads, "--clock", given.clock]
+        command = [given.peer_python, Path(__file__).resolve(), "--as-peer", *passed]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        low, middle, high = min(found["ratios"]), statistics.median(found["ratios"]), max(found["ratios"])
+        print(f"\npytorch_optimizer SAM / AdamW (bare loops): {middle:.3f} ({low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
