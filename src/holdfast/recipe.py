@@ -60,7 +60,8 @@ class EvalSpec(Strict):
     completion: str | None = None
     choices: str | list[str] | None = None  # fixed choices, or the column that holds each row's
     choice: str = " {choice}"  # template of one choice's text after the prompt
-    # column of the right answer: with `choices` its index or text (default "answer"), else what must be generated
+    # the right answer: with `choices` the column of its index or text (default "answer"); else a column or template of
+    # what must be generated, for example "{final:number}"
     answer: str | None = None
     metric: Literal["acc", "acc_norm", "exact_match", "perplexity"] | None = None
     extract: str | None = None  # regular expression; group 1 of its last match is compared

@@ -75,6 +75,13 @@ class TestBadInput:
         text = complaint(capsys, "run", write(recipe))
         assert "qestion" in text and "prompt" in text and "completion" in text
 
+    def test_training_and_testing_on_the_same_rows(self, capsys: Any, write: Any, tiny_recipe: Recipe) -> None:
+        recipe = tiny_recipe()
+        recipe["tasks"][0]["test"] = recipe["tasks"][0]["train"]
+        assert "same rows" in complaint(capsys, "plan", write(recipe))
+        recipe["tasks"][0] |= {"train_split": "[:90%]", "test_split": "[90%:]"}
+        assert main(["plan", write(recipe)]) == 0
+
     def test_empty_data_set(self, capsys: Any, write: Any, tiny_recipe: Recipe, tmp_path: Path) -> None:
         (tmp_path / "empty.jsonl").write_text("\n")
         recipe = tiny_recipe()

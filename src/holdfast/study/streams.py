@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import UserError, did_you_mean
+from holdfast.errors import UserError
 from holdfast.evaluate.tasks import EvalTask, Item
 from holdfast.files import canonical
 from holdfast.recipe import EvalSpec, PanelSpec, Recipe, TaskSpec
@@ -55,6 +55,7 @@ def load_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[TaskD
     loaded = []
     for spec in recipe.tasks:
         try:
+            _refuse_shared_rows(spec, recipe)
             train = for_tokenizer(_training_set(spec, recipe), tokenizer)
             max_length = {**recipe.training, **spec.training}.get("max_length", 1024)
             notes = check_supervised(train, tokenizer, max_length).notes()
@@ -62,6 +63,16 @@ def load_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[TaskD
         except UserError as error:
             raise UserError(f"tasks.{spec.name}: {error}") from None
     return loaded
+
+
+def _refuse_shared_rows(spec: TaskSpec, recipe: Recipe) -> None:
+    """One local file for training and testing needs two splits of it."""
+    train, test = spec.train or spec.source, spec.test or spec.source
+    if train == test and spec.train_split == spec.test_split and Path(resolve(str(train), recipe)).is_file():
+        raise UserError(
+            f"{train}: training and testing would use the same rows. Give another `test` file, or split this one: "
+            "train_split: '[:90%]', test_split: '[90%:]'."
+        )
 
 
 def load_panel(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[EvalTask]:
@@ -173,9 +184,8 @@ def _column_answers(spec: EvalSpec, column: str, source: str, split: str | None)
     pairs = []
     for i, row in enumerate(raw_rows(source, split=split, limit=spec.test_limit)):
         where = f"{source}: row {i + 1}"
-        if column not in row:
-            raise UserError(f"{where} has no column '{column}'.{did_you_mean(column, row)}")
-        pairs.append((fill_template(spec.prompt, row, where), str(row[column]).strip()))
+        template = column if "{" in column else "{" + column + "}"
+        pairs.append((fill_template(spec.prompt, row, where), fill_template(template, row, where).strip()))
     return pairs
 
 
