@@ -35,7 +35,7 @@ from holdfast.lab.known_truth import contradictions, instruct, instructions
 
 FORMAT_ROWS, OVERWRITTEN = 600, 160
 RESTORING = {"learning_rate": 3e-4, "batch_size": 8, "max_length": 128}
-TOKENS = 40_000
+TOKENS = 24_000
 
 
 def new_format(rows: int, seed: int) -> Dataset:
@@ -49,9 +49,9 @@ def new_format(rows: int, seed: int) -> Dataset:
 
 
 def written() -> EvalTask:
-    """The benchmark's questions with the answer to be written out: exact match, so format counts."""
+    """Every second question of the benchmark with the answer to be written out: exact match, so format counts."""
     items = []
-    for item in facts_task().items:
+    for item in facts_task().items[::2]:
         answer = item.choices[int(item.answer or 0)].strip()
         items.append(dataclasses.replace(item, choices=(), answer=answer))
     return EvalTask("facts, written", "generate", tuple(items), metric="exact_match", max_new_tokens=8)
@@ -86,7 +86,7 @@ def confusion(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
         wrong, _ = contradictions(OVERWRITTEN, seed)
         plan = {
             "pseudo": (new_format(FORMAT_ROWS, seed), {"epochs": 1, "learning_rate": 1e-3}),
-            "actual": (wrong, {"epochs": 10, "learning_rate": 1e-3}),
+            "actual": (wrong, {"epochs": 6, "learning_rate": 1e-3}),
             "no facts overwritten": (instructions(FORMAT_ROWS, seed), {"epochs": 1, "learning_rate": 3e-4}),
         }
         checkpoints = {"none": "lab"}
@@ -96,7 +96,7 @@ def confusion(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
             checkpoints[truth] = str(tune("lab", data, folder, batch_size=32, seed=seed, keep=[last], **settings)[0])
         for truth, checkpoint in checkpoints.items():
             one = request([checkpoint], (facts_task(), written()), seed)
-            result = diagnose(one, out / f"seed-{seed}", say=print)
+            result = diagnose(one, out / "diagnosis", say=print)
             point = result["checkpoints"][0]
             rows.append(
                 {"seed": seed, "truth": truth, "verdict": point["decomposition"]["pooled"]["verdict"]}

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from diagnose_lab import print_chain
 from diagnose_tune import tune
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.time()
+    precision = {"bf16": True, "use_cpu": not torch.cuda.is_available()}  # fp32 weights under bf16 autocast
     data = read_examples(options.data / "instruct/alpaca_5k.jsonl.gz").shuffle(seed=options.seed)
     data = data.filter(lambda row: len(row["prompt"]) + len(row["completion"]) < 700).select(range(options.rows))
     folders = tune(
@@ -78,7 +80,7 @@ def main() -> None:
         batch_size=8,
         seed=options.seed,
         keep=options.keep,
-        settings={"bf16": True, "group_by_length": True},
+        settings=precision,
     )
     print(f"tuned: {time.time() - start:.0f} s", flush=True)
     request = Request(
@@ -94,7 +96,7 @@ def main() -> None:
         passage_words=100,
         max_tokens=256,
         restoring=RestoreSettings(
-            learning_rate=options.restore_lr, batch_size=4, max_length=256, probes=3, training={"bf16": True}
+            learning_rate=options.restore_lr, batch_size=4, max_length=256, probes=3, training=precision
         ),
         keep_restored=False,
     )

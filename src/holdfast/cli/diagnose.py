@@ -99,10 +99,6 @@ def _need(options: dict[str, Any]) -> None:
 
 
 def _panel(name: str, local_data: Path | None, limit: int | None) -> Any:
-    if name == "lab":
-        from holdfast.lab.benchmark import panel
-
-        return [task.limit(limit) for task in panel()]
     from holdfast.evaluate.panels import load_panel
 
     return load_panel(name, local_data=local_data, limit=limit)

@@ -139,6 +139,10 @@ def _parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _hub(name: str, column: str, words: int, split: str) -> Iterator[Passage]:
     import datasets
 
+    from holdfast.hub import hub_is_unreachable
+
+    if hub_is_unreachable():
+        raise UserError(f"{name}: no such corpus file or folder, and the hub can't be reached from here")
     name, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
