@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,26 +94,35 @@ def make_large(folder: Path, gigabytes: float, seed: int) -> Path:
     return folder
 
 
+class Run(NamedTuple):
+    """What one command cost. CPU seconds hardly depend on what else the machine does."""
+
+    seconds: float
+    memory: float
+    cpu: float
+
+
 # A child's peak memory starts at that of the process that forked it, so a small process stands in between.
 LAUNCHER = """
 import json, os, sys, time
 started = time.perf_counter()
 child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(child, 0)
-print(json.dumps([time.perf_counter() - started, usage.ru_maxrss / 1e6, status]))
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([time.perf_counter() - started, usage.ru_maxrss / 1e6, cpu, status]))
 """
 
 
-def run(command: list[str | Path], out: Path | None = None) -> tuple[float, float]:
-    """Wall seconds and peak resident memory (GB) of a command; ``out`` is removed first."""
+def run(command: list[str | Path], out: Path | None = None) -> Run:
+    """Wall seconds, peak resident memory (GB) and CPU seconds of a command; ``out`` is removed first."""
     if out is not None:
         shutil.rmtree(out, ignore_errors=True)
     words = [shutil.which(str(command[0])) or str(command[0]), *map(str, command[1:])]
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *words], capture_output=True, text=True, check=True)
-    seconds, memory, status = json.loads(done.stdout.splitlines()[-1])
+    seconds, memory, cpu, status = json.loads(done.stdout.splitlines()[-1])
     if status:
         raise SystemExit(f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    return seconds, memory
+    return Run(seconds, memory, cpu)
 
 
 def holdfast(*words: str | Path) -> list[str | Path]:
@@ -182,6 +192,12 @@ def spread(values: list[float], unit: str = "s") -> str:
     return f"{statistics.median(values):.2f} {unit} ({min(values):.2f}-{max(values):.2f})"
 
 
+def cost(runs: list[Run]) -> str:
+    """Wall and CPU seconds, peak memory."""
+    peak = max(one.memory for one in runs)
+    return f"{spread([one.seconds for one in runs])}, {spread([one.cpu for one in runs])} of CPU, peak {peak:.3f} GB"
+
+
 def against_peer(paths: list[Path], work: Path, peer: Path | None, repeats: int) -> None:
     """The three methods that both have, alternating."""
     base, *models = paths
@@ -202,18 +218,22 @@ def against_peer(paths: list[Path], work: Path, peer: Path | None, repeats: int)
                     run([peer, "-m", "mergekit.scripts.run_yaml", config, theirs, "--no-copy-tokenizer"], theirs)
                 )
         print(f"{method} of {len(chosen)} x 135M")
-        print(f"  holdfast {spread([s for s, _ in ours_runs])}, peak {max(m for _, m in ours_runs):.3f} GB")
+        print(f"  holdfast {cost(ours_runs)}")
         if peer:
-            ratio = statistics.median([s for s, _ in peer_runs]) / statistics.median([s for s, _ in ours_runs])
-            print(f"  mergekit {spread([s for s, _ in peer_runs])}, peak {max(m for _, m in peer_runs):.3f} GB")
-            print(f"  {ratio:.1f}x faster; {compare(mine, theirs, paths, DENSITY if method == 'ties' else None)}")
+            wall, cpu = (
+                statistics.median([one[i] for one in peer_runs]) / statistics.median([one[i] for one in ours_runs])
+                for i in (0, 2)
+            )
+            print(f"  mergekit {cost(peer_runs)}")
+            print(f"  {wall:.1f}x faster, {cpu:.1f}x less CPU")
+            print(f"  {compare(mine, theirs, paths, DENSITY if method == 'ties' else None)}")
 
 
 def model_scope(paths: list[Path], work: Path) -> None:
     """TIES over the whole model against the paper's formula, computed plainly over the concatenated task vectors."""
     base, *models = paths
     out = work / "ties-model"
-    seconds, memory = run(
+    seconds, memory, _ = run(
         holdfast("ties", *models, "--base", base, "--out", out, f"density={DENSITY}", "scope=model"), out
     )
     with StateDict.open(base) as origin:
@@ -264,9 +284,9 @@ def sweep(paths: list[Path], work: Path, repeats: int) -> None:
         sizes = (one / "model.safetensors").stat().st_size
         writing.append(run([sys.executable, "-c", WRITE_TEN, str(sizes), copies], copies)[0])
         shutil.rmtree(copies)
-    seconds = [s for s, _ in swept]
+    seconds = [s for s, *_ in swept]
     assert len(list(many.glob("beta=*/model.safetensors"))) == 10
-    print(f"beta sweep of 10: {spread(seconds)}, peak {max(m for _, m in swept):.3f} GB")
+    print(f"beta sweep of 10: {spread(seconds)}, peak {max(m for _, m, _ in swept):.3f} GB")
     print(f"  one merge {spread(single)}, writing 10 files {spread(writing)}; 2 x one + writing = "
           f"{2 * statistics.median(single) + statistics.median(writing):.2f} s")  # fmt: skip
     shutil.rmtree(many)
@@ -278,15 +298,16 @@ def large(work: Path, gigabytes: float, repeats: int) -> None:
     out, copy = work / "large-merged", work / "large-copy"
     merges, copies = [], []
     for _ in range(repeats):
-        copies.append(run(["cp", "-r", *inputs, copy], copy) if copy.mkdir() is None else (0, 0))
+        copy.mkdir()
+        copies.append(run(["cp", "-r", *inputs, copy]))
         shutil.rmtree(copy)
         merges.append(run(holdfast("linear", *inputs, "--out", out), out))
         shutil.rmtree(out)
     size = sum(path.stat().st_size for folder in inputs for path in folder.iterdir()) / 1e9
-    merge_s, copy_s = (statistics.median([s for s, _ in runs]) for runs in (merges, copies))
-    peak = max(m for _, m in merges)
-    print(f"linear of 2 x {gigabytes} GB sharded: {spread([s for s, _ in merges])}, peak {peak:.3f} GB")
-    print(f"  cp of the same {size:.1f} GB: {spread([s for s, _ in copies])}")
+    merge_s, copy_s = (statistics.median([s for s, *_ in runs]) for runs in (merges, copies))
+    peak = max(m for _, m, _ in merges)
+    print(f"linear of 2 x {gigabytes} GB sharded: {spread([s for s, *_ in merges])}, peak {peak:.3f} GB")
+    print(f"  cp of the same {size:.1f} GB: {spread([s for s, *_ in copies])}")
     # A merge of two reads two and writes one; cp reads two and writes two.
     for what, ours, theirs in (("input", 1.0, 1.0), ("read and written", 1.5, 2.0)):
         mine, cp = ours * size / merge_s, theirs * size / copy_s
