@@ -69,6 +69,17 @@ def flatness_of(model: Any, objective: Any, prefix: str, options: argparse.Names
     return {prefix + name: value for name, value in numbers.items()}
 
 
+def tokenized(task: Any, tokenizer: Any) -> Any:
+    """The task as token ids with the prompt masked, once for all trainings."""
+    from datasets import Dataset
+
+    prompts = tokenizer(list(task["prompt"]))["input_ids"]
+    wholes = tokenizer([row["prompt"] + row["completion"] for row in task])["input_ids"]
+    ids = [[*whole, tokenizer.eos_token_id] for whole in wholes]
+    labels = [[-100] * len(p) + i[len(p) :] for p, i in zip(prompts, ids, strict=True)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
 class World:
     """The model, the tasks and what is measured on every checkpoint."""
 
@@ -79,12 +90,13 @@ class World:
 
         self.options, self.lab = options, lab
         _, self.tokenizer = load_model(options.model)
-        self.first, self.second = (lab.load_task(name.removeprefix("lab:")) for name in (options.first, options.second))
+        first, second = (lab.load_task(name.removeprefix("lab:")) for name in (options.first, options.second))
+        self.first, self.second = (tokenized(task, self.tokenizer) for task in (first, second))
         self.first_eval = lab.eval_task(options.first.removeprefix("lab:"))
         self.facts = next(task for task in lab.panel() if task.kind == "choice")
         text = next(task for task in lab.panel() if task.kind == "perplexity")
         subset = {"examples": options.examples, "max_length": options.max_length}
-        self.task_loss = token_loss(self.first, self.tokenizer, **subset)
+        self.task_loss = token_loss(first, self.tokenizer, **subset)
         self.text_loss = token_loss(
             [{"text": item.prompt or item.answer} for item in text.items], self.tokenizer, **subset
         )
@@ -97,7 +109,7 @@ class World:
     def settings(self, scale: dict[str, Any], epochs: float) -> dict[str, Any]:
         base = {"learning_rate": self.options.rate, "per_device_train_batch_size": self.options.batch}
         return {
-            "num_train_epochs": epochs, "max_length": 128,
+            "num_train_epochs": epochs,
             **{name: type(value)(value * scale.get(name, 1)) for name, value in base.items()},
         }  # fmt: skip
 

@@ -37,7 +37,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         str(WORKER),
         str(out),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((out / "results.json").read_text())
     found["points per rank"] = [
