@@ -212,6 +212,14 @@ def test_a_changed_corpus_or_setting_is_refused(tmp_path):
         ScoreLog(tmp_path, {"model": "b"})
 
 
+def test_a_corpus_that_grew_or_shrank_since_its_ranking_is_refused(tmp_path):
+    passages = corpus(300)
+    log = ranked(passages, tmp_path)
+    for changed in (passages[:-1], [*passages, Passage("one more", "row")], [passages[1], passages[0], *passages[2:]]):
+        with pytest.raises(UserError, match="ranked"):
+            select(changed, log, tokens=100)
+
+
 def test_a_torn_record_is_dropped_and_the_ranking_goes_on(tmp_path):
     passages = corpus(700)
     whole = ranked(passages, tmp_path / "whole")

@@ -106,7 +106,8 @@ def select(
     if not log.complete:
         raise UserError(f"{log.path}: the ranking isn't finished")
     report, seen, available = Report(), 0, 0
-    for passage, score in zip(passages, log):
+    stream = iter(passages)
+    for score, passage in zip(log, stream):
         if passage.key != score.key:
             raise UserError(f"{log.path}: the corpus isn't the one that was ranked (passage {seen + 1})")
         seen += 1
@@ -122,8 +123,8 @@ def select(
         else:
             available += score.tokens
             kept.add(chosen)
-    if seen != len(log):
-        raise UserError(f"{log.path}: the corpus has {seen} passages now, {len(log)} were ranked")
+    if seen != len(log) or next(stream, None) is not None:
+        raise UserError(f"{log.path}: the corpus has not the {len(log):,} passages any more that were ranked")
     account = {
         "passages": seen,
         "tokens_available": available,
