@@ -179,3 +179,24 @@ class TestRun:
     def test_no_finished_study(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no finished study"):
             Study.load(tmp_path)
+
+    def test_independent_arms_are_merged_from_the_base(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
+        from safetensors.torch import load_file
+
+        settings = {"method": "task_arithmetic", "weights": [1.0, 0.5]}
+        arms = {"ta": {"train": "independent", "merge": settings}}
+        study = Study.run(tiny_recipe(arms=arms), out=tmp_path / "run")
+        steps = tmp_path / "run" / "steps"
+        merged = next(steps.glob("merge-*")) / "model" / "model.safetensors"
+        trained = {
+            json.loads((folder / "step.json").read_text())["content"]["data"][0]: load_file(
+                folder / "model" / "model.safetensors"
+            )
+            for folder in steps.glob("train-*")
+        }
+        data = study.data["data"]
+        base = load_file(Path(tiny_recipe()["model"]) / "model.safetensors")
+        for name, value in load_file(merged).items():
+            first, second = (trained[data[task]["hash"]][name] - base[name] for task in ("echo", "flip"))
+            np.testing.assert_allclose(value, base[name] + first + 0.5 * second, rtol=0, atol=1e-6)
+        assert list(study.matrix("ta", 0).index) == ["echo", "flip"]
