@@ -37,7 +37,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, str(Path(__file__).parent / "methods_worker.py"), str(out)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -53,6 +53,7 @@ class MethodsMixin(LossSeam):
         self._anchors: dict[str, Anchor] = {}
         self._measured: dict[str, list[float]] = {}
         self._resumed_from: str | None = None
+        self._start_saved = False  # θ₀ is beside the checkpoints
         self._gradient: Callable[[], Tensor | None] | None = None
         self._params: tensors.Params = {}
         args, kwargs = self._with_mixed_data(super().__init__, args, kwargs)
@@ -94,6 +95,8 @@ class MethodsMixin(LossSeam):
         if resume_from_checkpoint:
             folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
             self._resumed_from = folder if resume_from_checkpoint is True else str(resume_from_checkpoint)
+        output = Path(str(self.args.output_dir)).resolve()
+        self._start_saved = self._resumed_from is not None and Path(self._resumed_from).resolve().parent == output
         self._anchors.clear()
         self._measured.clear()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -117,10 +120,6 @@ class MethodsMixin(LossSeam):
             method.begin(self._context(method))
         if resumed is not None:
             run_state.load(resumed, self._rank_file(), self.methods, self._params)
-        elif self._saves_state():
-            start = self._anchors.get(START)
-            if isinstance(start, Snapshot) and self._writes():
-                run_state.save_start(Path(str(self.args.output_dir)), self._rank_file(), start)
         self._gradient = None
         if with_seam(self.methods, "gradient"):
             self._window_gradient = WindowGradient(
@@ -297,13 +296,15 @@ class MethodsMixin(LossSeam):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.methods and self._saves_state():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.methods and not self.args.save_only_model:
+            run = Path(self._get_output_dir(trial=trial))
+            start = self._anchors.get(START)
+            if isinstance(start, Snapshot) and not self._start_saved and self._writes():
+                run_state.save_start(run, self._rank_file(), start)
+            self._start_saved = True
+            folder = run / f"checkpoint-{self.state.global_step}"
             run_state.save(folder, self._rank_file(), self.methods, self._writes())
         super()._save_checkpoint(model, trial)
-
-    def _saves_state(self) -> bool:
-        return self.args.save_strategy != "no" and not self.args.save_only_model
 
     def _rank_file(self) -> str:
         """Shards differ between ranks, and each rank keeps its own; replicas are written once."""
