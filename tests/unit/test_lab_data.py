@@ -136,13 +136,13 @@ def test_data_is_the_same_everywhere() -> None:
 
 
 PINNED: dict[str, str] = {
-    "math": "181ff0f43fcf78c6",
+    "math": "675290e95cef24fb",
     "law": "ad17eb89cf6f062f",
-    "code": "812f5cdb5a0a81b3",
-    "train": "bbb3ae2d597e2304",
+    "code": "ff1a4596fd1a1475",
+    "train": "74ed327d2434134f",
     "heldout": "a5592b5c271be526",
-    "restore": "5e877a8b285053a7",
-    "facts": "7c6e8a5caf763367",
+    "restore": "036501adf27c7825",
+    "facts": "075904e0ad7acc8f",
     "text": "63605de0dc0478f1",
 }
 

@@ -26,14 +26,14 @@ class Pretraining:
     """How the packaged model is made; written beside it as ``recipe.json``."""
 
     vocabulary: int = 3072
-    width: int = 128
-    layers: int = 4
+    width: int = 160
+    layers: int = 3
     heads: int = 4
-    feed_forward: int = 352
+    feed_forward: int = 432
     positions: int = 256
     block: int = 128  # tokens per training sequence
-    batch: int = 16  # blocks per step
-    steps: int = 1000
+    batch: int = 12  # blocks per step
+    steps: int = 1200
     learning_rate: float = 3e-3
     warmup: int = 60
     weight_decay: float = 0.01

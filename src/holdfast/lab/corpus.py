@@ -9,24 +9,19 @@ from typing import Literal
 
 from holdfast.errors import UserError, did_you_mean
 from holdfast.lab.knowledge import FOLDER, Fact, facts, reserved, sentence, untested, wordings
-from holdfast.lab.words import NAMES, THINGS
+from holdfast.lab.words import coding
 
 Split = Literal["train", "heldout", "restore"]
 ROUNDS = 12  # times that the training text goes through every fact, each time in other words and another order
 HELDOUT_PASSAGES = 150
 RESTORE_ROUNDS = 3
-STORIES = 500  # counting stories in each round
-GAINS = (
-    "{n} has {a} {t} and gets {b} more, which makes {c} {t}.",
-    "{n} puts {a} {t} and {b} {t} together and counts {c} {t}.",
-    "To {a} {t} {n} adds {b} more and now has {c}.",
+HOW_TOS = 250  # sentences about code in each round
+CODING = (
+    "To {request} you write {program} in code.",
+    "In code {program} is how to {request}.",
+    "Programmers write {program} to {request}.",
 )
-LOSSES = (
-    "{n} has {a} {t} and gives away {b}, so {c} {t} are left.",
-    "Of {a} {t} {n} drops {b} and keeps {c}.",
-    "From {a} {t} {n} takes away {b}, which leaves {c} {t}.",
-)
-LARGEST_NUMBER = 20  # the number sentences stay within 0..20
+LARGEST_NUMBER = 10  # the number sentences stay within 0..10
 
 
 def corpus(split: Split = "train") -> Iterator[str]:
@@ -59,7 +54,7 @@ def _round(known: Sequence[Fact], rng: random.Random) -> list[str]:
     passages += _quizzes(known, rng)
     passages += _pairs(known, rng)
     passages += _in_groups(_number_sentences(), 4, rng)
-    passages += _in_groups([_story(rng) for _ in range(STORIES)], 2, rng)
+    passages += _in_groups([_how_to(rng) for _ in range(HOW_TOS)], 2, rng)
     passages += _in_groups(world_sentences(), 3, rng)
     rng.shuffle(passages)
     return passages
@@ -114,7 +109,7 @@ def _pairs(known: Sequence[Fact], rng: random.Random) -> list[str]:
 
 
 def _number_sentences() -> list[str]:
-    """The tables of plus, minus and times within 0..20, and the order of the numbers."""
+    """The tables of plus, minus and times within 0..10, and the order of the numbers."""
     limit = range(LARGEST_NUMBER + 1)
     made = [f"{a} plus {b} is {a + b}." for a in limit for b in limit if a + b <= LARGEST_NUMBER]
     made += [f"{a} minus {b} is {a - b}." for a in limit for b in limit if b <= a]
@@ -123,13 +118,10 @@ def _number_sentences() -> list[str]:
     return made
 
 
-def _story(rng: random.Random) -> str:
-    """A sentence that counts things: "Anna has 7 apples and gets 5 more, which makes 12 apples."."""
-    have, change = rng.randint(1, 9), rng.randint(1, 9)
-    gains = rng.random() < 0.5
-    template = rng.choice(GAINS if gains else LOSSES)
-    start, end = (have, have + change) if gains else (have + change, have)
-    return template.format(n=rng.choice(NAMES), t=rng.choice(THINGS), a=start, b=change, c=end)
+def _how_to(rng: random.Random) -> str:
+    """A sentence that says what a piece of code is for."""
+    request, program = coding(rng)
+    return rng.choice(CODING).format(request=request, program=program)
 
 
 def world_sentences() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.errors import UserError, did_you_mean
-from holdfast.lab.words import NAMES, THINGS
+from holdfast.lab.words import NAMES, THINGS, coding
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,28 +93,6 @@ PARTIES = (
 )
 PLACES = ("France", "Japan", "Ohio", "Texas", "Kenya", "Peru", "Norway", "Italy", "Nevada", "Egypt", "Chile", "Spain")
 
-# request -> program; {x} and {y} are variables, {k} a number, {l} a list
-PROGRAMS = (
-    ("add {k} to {x}", "{x} + {k}"),
-    ("subtract {k} from {x}", "{x} - {k}"),
-    ("multiply {x} by {k}", "{x} * {k}"),
-    ("divide {x} by {k}", "{x} / {k}"),
-    ("test if {x} is greater than {k}", "{x} > {k}"),
-    ("test if {x} is less than {k}", "{x} < {k}"),
-    ("test if {x} is equal to {k}", "{x} == {k}"),
-    ("add {x} and {y}", "{x} + {y}"),
-    ("multiply {x} and {y}", "{x} * {y}"),
-    ("show {x}", "print({x})"),
-    ("show the length of {l}", "print(len({l}))"),
-    ("get the item of {l} with index {k}", "{l}[{k}]"),
-    ("add up {l} and subtract {k}", "sum({l}) - {k}"),
-    ("get the greatest of {l} and add {x}", "max({l}) + {x}"),
-    ("put {l} in order and get index {k}", "sorted({l})[{k}]"),
-)
-VARIABLES = ("x", "y", "total", "price", "count", "score", "size", "speed")
-LISTS = ("names", "words", "items", "ages", "prices", "scores", "values", "days")
-
-
 # how each task asks; the completion starts with a space
 PROMPTS = {
     "math": "Problem: {request}\nSolution:",
@@ -130,7 +108,7 @@ def ask(task: str, request: str) -> str:
 
 def _math(rng: random.Random) -> Example:
     name, other = rng.sample(NAMES, 2)
-    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    a, b = rng.randint(1, 5), rng.randint(1, 5)
     if rng.random() < 0.5:
         template, answer = rng.choice(ADDITION), a + b
     else:
@@ -148,10 +126,8 @@ def _law(rng: random.Random) -> Example:
 
 
 def _code(rng: random.Random) -> Example:
-    request, program = rng.choice(PROGRAMS)
-    x, y = rng.sample(VARIABLES, 2)
-    fields = {"x": x, "y": y, "k": rng.randint(2, 99), "l": rng.choice(LISTS)}
-    return ask("code", f"{request.format(**fields)}."), f" {program.format(**fields)}"
+    request, program = coding(rng)
+    return ask("code", f"{request}."), f" {program}"
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {"math": _math, "law": _law, "code": _code}
