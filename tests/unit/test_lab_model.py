@@ -77,7 +77,7 @@ def test_eval_task_is_the_test_split_and_fits_its_token_limit(name: str) -> None
     assert len(task.items) == TEST
     assert [item.prompt for item in task.items] == list(data["prompt"])
     assert [f" {item.answer}" for item in task.items] == list(data["completion"])
-    for completion in lab.load_task(name, "train")["completion"] + list(data["completion"]):
+    for completion in [*lab.load_task(name, "train")["completion"], *data["completion"]]:
         assert len(tokenizer(completion)["input_ids"]) < task.max_new_tokens
 
 
