@@ -15,7 +15,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def launched(command: list[str], out: Path) -> Any:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text(encoding="utf-8"))
 
