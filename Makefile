@@ -22,7 +22,7 @@ demo: $(STAMP) ## forgetting and its prevention on the embedded world, about 3 m
 	$(BIN)/holdfast run quickstart --out runs/demo
 
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff: lint and format check
 	$(BIN)/ruff check .
