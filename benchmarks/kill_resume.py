@@ -48,12 +48,12 @@ def without_clocks(value: Any) -> Any:
     return value
 
 
-def kill_often(arguments: argparse.Namespace, out: Path, whole_s: float) -> int:
+def kill_often(arguments: argparse.Namespace, out: Path) -> int:
     """Start, wait a random time, kill; until ``kills`` kills have hit a running study. Returns how many finished early."""
     rng = random.Random(arguments.seed)
     kills = early = 0
     while kills < arguments.kills:
-        wait = rng.uniform(0.3, 1.0) * max(whole_s / arguments.kills * 1.5, 12.0)
+        wait = rng.uniform(*arguments.between)
         process = subprocess.Popen(command(arguments, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             process.wait(timeout=wait)
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--between", type=float, nargs=2, default=(8.0, 30.0), help="seconds from start to kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     subprocess.run(command(arguments, whole), check=True)
     whole_s = time.perf_counter() - began
     print(f"uninterrupted: {whole_s:.0f} s", flush=True)
-    kill_often(arguments, killed, whole_s)
+    kill_often(arguments, killed)
     subprocess.run(command(arguments, killed), check=True)
     left, right = (without_clocks(json.loads((run / "study.json").read_text())) for run in (whole, killed))
     same = left == right

@@ -16,8 +16,8 @@ LAYERS: list[set[str]] = [
     {"diagnose", "landscape"},
     {"recipe"},
     {"trainer", "run_state", "unsupported"},
-    {"sources", "models", "fetch", "gguf"},
-    {"evaluate", "lab"},  # the lab's benchmark is made of evaluate's tasks; the panel named lab is the lab's
+    # `lab` names a model and a panel, its benchmark is made of evaluate tasks, and evaluate loads models by name
+    {"sources", "models", "fetch", "gguf", "evaluate", "lab"},
     {"merge"},
     {"methods", "method"},  # from_spec looks names up in the registry
     {"data", "metrics"},

@@ -64,10 +64,11 @@ def _run(checked: object, folder: Path, quiet: bool) -> None:
     from holdfast.report import write_report
     from holdfast.study import Study
     from holdfast.study.progress import Silent, bars
-    from holdfast.study.quiet import quiet_libraries
+    from holdfast.study.quiet import keep_freed_memory, quiet_libraries
 
     assert isinstance(checked, Recipe)
     quiet_libraries()
+    keep_freed_memory()
     with nullcontext(Silent()) if quiet else bars() as sink:
         study = Study.run(checked, out=folder, sink=sink)
     report = write_report(study.data, folder / "report.html")
