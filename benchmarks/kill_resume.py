@@ -49,7 +49,7 @@ def without_clocks(value: Any) -> Any:
 
 
 def kill_often(arguments: argparse.Namespace, out: Path) -> int:
-    """Start, wait a random time, kill; until ``kills`` kills have hit a running study. Returns how many finished early."""
+    """Kill a running study after random times until ``kills`` kills have hit; returns how many finished early."""
     rng = random.Random(arguments.seed)
     kills = early = 0
     while kills < arguments.kills:

@@ -1,4 +1,4 @@
-"""measure on two ranks, plain, under DDP and under FSDP2, gives one process's numbers and hangs nowhere."""
+"""measure on two ranks, plain and under DDP, gives one process's numbers; sharded weights are refused, not hung on."""
 
 from __future__ import annotations
 
@@ -31,15 +31,8 @@ def test_two_ranks_give_one_processs_numbers(tmp_path: Path) -> None:
     one = launched([sys.executable, str(WORKER), str(tmp_path / "one.json")], tmp_path / "one.json")["plain"]
     two = launched([*TORCHRUN, str(WORKER), str(tmp_path / "two.json"), "distributed"], tmp_path / "two.json")
     assert set(two) == {"plain", "ddp", "fsdp2"}
+    assert "holdfast eval" in two.pop("fsdp2")["refused"]
     for how, found in two.items():
-        if how == "fsdp2":  # without the generated answers, which are refused there
-            kept = [k for k, (task, _) in enumerate(one["items"]) if task != "made"]
-            one = {
-                **one,
-                "text": [],
-                "items": [one["items"][k] for k in kept],
-                "score": [one["score"][k] for k in kept],
-            }
         assert found["items"] == one["items"], how
         assert found["text"] == one["text"], how
         assert found["score"] == pytest.approx(one["score"], abs=1e-3), how

@@ -52,11 +52,10 @@ def measure(
                 f"task '{task.name}' runs generated programs: pass sandbox=Sandbox() (--run-code) to allow it."
             )
     engine = Engine(model, batch_tokens)
-    if engine.forward.lockstep and any(task.kind == "generate" for task in tasks):
-        # ranks with unequal numbers of tokens to make would meet in different collectives
+    if engine.forward.lockstep:
         raise UserError(
-            "generated answers can't be scored with sharded weights yet: leave those tasks out while training, and run "
-            "`holdfast eval` on the saved checkpoint."
+            "sharded weights (FSDP2 on several ranks) can't be measured in training yet: run `holdfast eval` on the "
+            "saved checkpoint."
         )
     limit = text.max_length(engine.forward.model, tokenizer)
     frames = []
