@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system after every step.
 
     Training on a CPU frees and takes the same activations again at each step; handing them back costs page faults (on
-    the lab model about a fifth of the time). Does nothing with other C libraries.
+    the lab model about a seventh of the time). Does nothing with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return
