@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]
+_OPEN: set[int] = set()  # ids of the models that are in `evaluation_mode` now
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,8 +58,11 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     """Run without gradients, in eval mode; afterwards every module's mode, RNG and grad mode are as before.
 
     Not `torch.inference_mode`: weights gathered inside it could take no part in autograd later. FSDP2 modules are
-    resharded at the end, so that edits of the weights are not lost.
+    resharded at the end, so that edits of the weights are not lost; at the end of the outermost block only: a rank that
+    resharded alone would gather alone at its next forward, which no other rank would join.
     """
+    outermost = id(model) not in _OPEN
+    _OPEN.add(id(model))
     training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
@@ -80,10 +84,12 @@ def evaluation_mode(model: Any) -> Iterator[None]:
         torch.set_rng_state(states[2])
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)
-        for module in model.modules():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard):
-                reshard()
+        if outermost:
+            _OPEN.discard(id(model))
+            for module in model.modules():
+                reshard = getattr(module, "reshard", None)
+                if callable(reshard):
+                    reshard()
 
 
 class Forward:

@@ -52,11 +52,6 @@ def measure(
                 f"task '{task.name}' runs generated programs: pass sandbox=Sandbox() (--run-code) to allow it."
             )
     engine = Engine(model, batch_tokens)
-    if engine.forward.lockstep:
-        raise UserError(
-            "sharded weights (FSDP2 on several ranks) can't be measured in training yet: run `holdfast eval` on the "
-            "saved checkpoint."
-        )
     limit = text.max_length(engine.forward.model, tokenizer)
     frames = []
     with evaluation_mode(engine.forward.model):
