@@ -16,6 +16,14 @@ def is_sft(trainer: Any) -> bool:
     return any(kind.__name__ == "SFTTrainer" and kind.__module__.startswith("trl") for kind in type(trainer).__mro__)
 
 
+def refuse_loss_type(args: Any, methods: Sequence[Method]) -> None:
+    """UserError if a method needs logits that the SFTConfig's loss never makes."""
+    loss = ", ".join(method.name for method in with_seam(methods, "loss"))
+    kind = getattr(args, "loss_type", "nll")
+    if loss and kind != "nll":
+        raise UserError(f"{loss}: TRL's loss_type='{kind}' never makes logits. Use loss_type='nll'.")
+
+
 def refuse_unsupported(trainer: Any, methods: Sequence[Method]) -> None:
     """UserError if a method can't work with this trainer's engine, precision or optimizer."""
     gradient = ", ".join(method.name for method in with_seam(methods, "gradient"))
@@ -41,5 +49,5 @@ def refuse_unsupported(trainer: Any, methods: Sequence[Method]) -> None:
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if gradient and (optimizer in IN_BACKWARD or optimizer.endswith("_layerwise")):
         raise UserError(f"{gradient}: optim='{optimizer}' steps during backward. Use adamw_torch, for example.")
-    if loss and is_sft(trainer) and getattr(trainer.args, "loss_type", "nll") != "nll":
-        raise UserError(f"{loss}: TRL's loss_type='{trainer.args.loss_type}' never makes logits. Use loss_type='nll'.")
+    if is_sft(trainer):
+        refuse_loss_type(trainer.args, methods)

@@ -163,6 +163,41 @@ class TestRun:
         assert numbers(study) == numbers(whole)
         pd.testing.assert_frame_equal(study.items(), whole.items())
 
+    def test_stopped_inside_a_training_goes_on_from_its_last_checkpoint(
+        self, tiny_recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers import TrainerCallback
+
+        from holdfast.study import training
+
+        whole, stopped, resumed = Study.run(tiny_recipe(), out=finished), set(), []
+        clock, find = training._checkpoints, training.last_complete
+
+        def also_stop(step: Step) -> list[Any]:
+            class StopOnce(TrainerCallback):
+                def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                    if state.global_step == 3 and step.key not in stopped:
+                        stopped.add(step.key)
+                        raise KeyboardInterrupt
+
+            return [*clock(step), StopOnce()]
+
+        def found(work: Path) -> str | None:
+            resumed.append(find(work))
+            return resumed[-1]
+
+        monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+        monkeypatch.setattr(training, "_checkpoints", also_stop)
+        monkeypatch.setattr(training, "last_complete", found)
+        for _ in range(7):
+            try:
+                study = Study.run(tiny_recipe(), out=tmp_path / "stopped")
+            except KeyboardInterrupt:
+                continue
+        assert [Path(folder).name for folder in resumed if folder] == ["checkpoint-2"] * 6
+        assert numbers(study)["arms"] == numbers(whole)["arms"]
+        pd.testing.assert_frame_equal(study.items(), whole.items())
+
     def test_a_directory_of_another_recipe_is_refused(
         self, tiny_recipe: Recipe, finished: Path, tmp_path: Path
     ) -> None:
@@ -175,6 +210,13 @@ class TestRun:
         with pytest.raises(UserError, match="not empty and holds no holdfast study"):
             Study.run(tiny_recipe(), out=tmp_path)
         assert (tmp_path / "precious.txt").read_text() == "mine"
+
+    def test_a_loss_without_logits_is_refused_before_any_training(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
+        recipe = tiny_recipe(arms={"distilled": [{"distill": {}}]})
+        recipe["training"]["loss_type"] = "dft"
+        with pytest.raises(UserError, match="distill: TRL's loss_type='dft' never makes logits"):
+            Study.run(recipe, out=tmp_path)
+        assert not list((tmp_path / "steps").glob("*"))
 
     def test_no_finished_study(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no finished study"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from holdfast.errors import UserError
 from holdfast.study.plan import Step
 from holdfast.study.progress import Sink
 from holdfast.study.streams import TaskData
+from holdfast.unsupported import refuse_loss_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +29,9 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "no",
     "disable_tqdm": True,
+    "save_total_limit": 1,
 }
+SAVE_SECONDS = 900  # a training writes a checkpoint this often, so that an interruption costs no more than that
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def training_set(step: Step, data: dict[str, TaskData]) -> Dataset:
 
 
 def training_arguments(step: Step, work: Path) -> SFTConfig:
-    """A step's settings as TRL takes them. Raises UserError for values that it refuses."""
+    """A step's settings as TRL takes them. Raises UserError for values that it or a method refuses."""
     import torch
     from trl import SFTConfig
 
@@ -58,9 +62,11 @@ def training_arguments(step: Step, work: Path) -> SFTConfig:
     if settings.get("save_steps") and "save_strategy" not in step.training:
         settings["save_strategy"] = "steps"
     try:
-        return SFTConfig(output_dir=str(work), seed=step.seed, data_seed=step.seed, **settings)
+        arguments = SFTConfig(output_dir=str(work), seed=step.seed, data_seed=step.seed, **settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {error}") from None
+    refuse_loss_type(arguments, step.methods)
+    return arguments
 
 
 def train(
@@ -74,7 +80,7 @@ def train(
     work: Path,
     sink: Sink,
 ) -> Trained:
-    """Train ``model`` as ``step`` says; ``work`` holds the Trainer's own checkpoints where the recipe asks for them."""
+    """Train ``model`` as ``step`` says; ``work`` holds the Trainer's own checkpoints."""
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -89,7 +95,7 @@ def train(
         memory={name: data[name].train for name in step.memory},
         anchor=anchor,
         base=base,
-        callbacks=[_progress_callback(sink)],
+        callbacks=[_progress_callback(sink), *_checkpoints(step)],
     )
     trainer.remove_callback(PrinterCallback)  # the log goes into the step's record
     trainer.train(resume_from_checkpoint=last_complete(work))
@@ -107,6 +113,25 @@ def _progress_callback(sink: Sink) -> Any:
             sink.advance()
 
     return Advance()
+
+
+def _checkpoints(step: Step) -> list[Any]:
+    """Checkpoints by the clock, unless the recipe says when to save; resuming gives the same numbers from any of them."""
+    from transformers import TrainerCallback
+
+    if {"save_strategy", "save_steps"} & set(step.training):
+        return []
+
+    class SaveByTheClock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.last = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if time.monotonic() - self.last >= SAVE_SECONDS and state.global_step < state.max_steps:
+                control.should_save = True
+                self.last = time.monotonic()
+
+    return [SaveByTheClock()]
 
 
 def last_complete(work: Path) -> str | None:
