@@ -174,10 +174,10 @@ def scores(questions: list[EvalTask], step: Step, runner: Runner) -> dict[str, A
     from holdfast.evaluate import summarize
 
     items = pd.concat([runner.store.read_measure(step, task) for task in questions], ignore_index=True)
-    rows = summarize(items).set_index("task")
+    rows: dict[str, dict[str, Any]] = summarize(items).set_index("task").to_dict("index")  # type: ignore[assignment]
     return {
-        task.name: {key: float(rows.at[task.name, key]) for key in ("value", "low", "high")}
-        | {"n": int(rows.at[task.name, "n"]), "metric": task.metric}
+        task.name: {key: float(rows[task.name][key]) for key in ("value", "low", "high")}
+        | {"n": int(rows[task.name]["n"]), "metric": task.metric}
         for task in questions
     }
 

@@ -116,7 +116,7 @@ def _progress_callback(sink: Sink) -> Any:
 
 
 def _checkpoints(step: Step) -> list[Any]:
-    """Checkpoints by the clock, unless the recipe says when to save; resuming gives the same numbers from any of them."""
+    """Checkpoints by the clock, unless the recipe says when to save."""
     from transformers import TrainerCallback
 
     if {"save_strategy", "save_steps"} & set(step.training):
