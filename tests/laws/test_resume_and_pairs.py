@@ -1,4 +1,4 @@
-"""Laws of every method: an interrupted run ends where an uninterrupted one does; pairs of one seam compose as written."""
+"""Laws of every method: a resumed run ends where an uninterrupted one does; pairs of one seam compose as written."""
 
 from __future__ import annotations
 
