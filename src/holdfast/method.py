@@ -131,6 +131,7 @@ class Method:
 
     name: ClassVar[str] = ""
     symbols: ClassVar[Mapping[str, str]] = {}  # field -> the symbol that formulas print
+    needs_past: ClassVar[bool] = False  # whether it uses past tasks' data (memory)
 
     def data(self, task: Any, memory: Mapping[str, Any]) -> Any:
         """The training set to use instead of ``task``, given past tasks' training sets."""

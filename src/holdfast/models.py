@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.adapters import check_adapter, with_adapter
 from holdfast.errors import UserError, did_you_mean
 from holdfast.files import new_folder, sha256_file
 from holdfast.gguf import gguf_tokenizer, load_gguf, quiet_progress
@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-# short recipe keys -> PEFT's own names
-LORA_ALIASES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
 
 
 def load_model(
@@ -49,22 +47,24 @@ def load_model(
     ``source`` is a folder (a model, or a saved PEFT adapter), a ``.gguf`` file, ``lab`` (the packaged model), a name
     of ``holdfast models list`` that was fetched, or a hub id. ``dtype`` is the type of the weights in memory (``auto``:
     as stored). ``lora`` takes PEFT's ``LoraConfig`` fields (also ``rank``, ``alpha``, ``dropout``, ``targets``; all
-    linear layers by default) and wraps the model; its random start comes from the global generator, or from ``seed``,
-    which leaves that generator as it was. ``revision`` is for hub ids only. No remote code is ever run.
+    linear layers by default), or another PEFT tuner's with its ``type``, and wraps the model; its random start comes
+    from the global generator, or from ``seed``, which leaves that generator as it was. ``revision`` is for hub ids
+    only. No remote code is ever run.
 
     Cost: one copy of the weights. Raises UserError when the source is missing, has no weights, no tokenizer, is no
     causal LM, or leaves parameters without a stored value.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: '{dtype}' is not a weight type.{did_you_mean(str(dtype), DTYPES)}")
-    settings = None if lora is None else _lora_settings(lora)
+    if lora is not None:
+        check_adapter(lora)
     found = locate(source)
     with quiet_progress():
         model, tokenizer = _load(found, dtype, revision)
-        if settings is not None:
+        if lora is not None:
             if found.kind == "adapter":
                 raise UserError(f"{found.at}: is a LoRA adapter already; leave out `lora`, or merge it first")
-            model = _with_lora(model, settings, seed)
+            model = with_adapter(model, lora, seed)
     _make_savable(model)
     return model.eval(), tokenizer
 
@@ -204,33 +204,6 @@ def _load_adapter(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrained
     except Exception as error:
         raise UserError(f"{folder}: the adapter doesn't fit its base model: {_first_line(error)}") from error
     return model, tokenizer
-
-
-def _lora_settings(lora: Mapping[str, Any]) -> dict[str, Any]:
-    from peft import LoraConfig
-
-    valid = {field.name for field in dataclasses.fields(LoraConfig)} - {"peft_type", "task_type"}
-    settings: dict[str, Any] = {"target_modules": "all-linear"}
-    for key, value in lora.items():
-        name = LORA_ALIASES.get(key, key)
-        if name not in valid:
-            raise UserError(f"lora: unknown key '{key}'.{did_you_mean(key, valid | set(LORA_ALIASES))}")
-        settings[name] = value
-    return settings
-
-
-def _with_lora(model: PreTrainedModel, settings: dict[str, Any], seed: int | None) -> PreTrainedModel:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            wrapped: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"lora: {_first_line(error)}") from error
-    return wrapped
 
 
 # ---------------------------------------------------------------- saving

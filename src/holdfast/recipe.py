@@ -152,6 +152,7 @@ class ArmSpec(Strict):
     methods: list[MethodEntry] = []
     from_task: int = Field(default=2, ge=1)  # the methods act from this task on; 2 as in the papers
     merge: MergeSpec | None = None
+    peft: dict[str, Any] | None = None  # train a fresh PEFT adapter in these tasks, as `lora` does for all arms
     training: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -340,6 +341,7 @@ def _validate(data: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         raise UserError(_explain(error, where)) from None
     _check_training(recipe, where)
+    _check_adapters(recipe, where)
     _check_methods(recipe, where)
     return recipe
 
@@ -392,6 +394,21 @@ def _check_training(recipe: Recipe, where: str) -> None:
                 raise UserError(
                     f"{where}: unknown key '{place}.{key}': not a setting of TRL's SFTConfig.{did_you_mean(key, valid)}"
                 )
+
+
+def _check_adapters(recipe: Recipe, where: str) -> None:
+    """Every adapter's type and keys are PEFT's."""
+    places = [(f"arms.{name}.peft", arm.peft) for name, arm in recipe.arms.items() if arm.peft is not None]
+    if recipe.lora is not None:
+        places.append(("lora", recipe.lora))
+        if len(places) > 1:
+            raise UserError(
+                f"{where}: '{places[0][0]}' would wrap a model that the recipe's `lora` has wrapped already."
+            )
+    for place, settings in places:
+        from holdfast.adapters import check_adapter
+
+        check_adapter(settings, f"{where}: {place}")
 
 
 def _check_methods(recipe: Recipe, where: str) -> None:

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"merge"},  # its Pareto plane measures outputs
     {"trainer", "run_state", "unsupported"},
     # `lab` names a model and a panel, its benchmark is made of evaluate tasks, and evaluate loads models by name
-    {"sources", "models", "fetch", "gguf", "evaluate", "lab"},
+    {"sources", "models", "fetch", "gguf", "evaluate", "lab", "adapters"},
     {"methods", "method"},  # from_spec looks names up in the registry
     {"data", "metrics"},
     {"probe", "window"},

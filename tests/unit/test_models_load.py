@@ -247,6 +247,19 @@ def test_wrong_lora_settings(tiny_model: Path) -> None:
         load_model(tiny_model, lora={"rank": 0})
 
 
+def test_other_tuners_of_peft(tiny_model: Path) -> None:
+    model, _ = load_model(tiny_model, lora={"type": "osf", "effective_rank": 0.5})
+    assert str(model.peft_config["default"].peft_type.value) == "OSF"
+    kappa, _ = load_model(tiny_model, lora={"rank": 2, "targets": {"kappa": 0.3}})
+    linear = sum(isinstance(module, torch.nn.Linear) for module in load_model(tiny_model)[0].modules()) - 1
+    targets = kappa.peft_config["default"].target_modules
+    assert len(targets) == int(0.3 * linear) and "lm_head" not in targets
+    with pytest.raises(UserError, match=r"lora: PEFT has no 'ofs'\. Did you mean"):
+        load_model(tiny_model, lora={"type": "ofs"})
+    with pytest.raises(UserError, match=r"targets must be names or \{kappa: SHARE\}"):
+        load_model(tiny_model, lora={"targets": {"kappa": 2}})
+
+
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gguf").touch()
     monkeypatch.setitem(sys.modules, "gguf", None)

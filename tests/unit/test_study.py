@@ -211,6 +211,29 @@ class TestRun:
             Study.run(tiny_recipe(), out=tmp_path)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
+    def test_methods_that_need_the_past_get_it_and_adapters_are_merged_into_their_arm(
+        self, tiny_recipe: Recipe, finished: Path, tmp_path: Path
+    ) -> None:
+        """EWC and Fisher merging see the first task's data; an arm may train through LoRA, OSF or KappaTune."""
+        arms = {
+            "sequential": [],
+            "ewc": {"methods": [{"ewc": {"samples": 4}}], "from_task": 1},
+            "fisher": [{"fisher_merge": {"samples": 4}}],
+            "lora": {"peft": {"rank": 2}},
+            "osf": {"peft": {"type": "osf", "effective_rank": 0.5}},
+            "kappa": {"peft": {"rank": 2, "targets": {"kappa": 0.3}}, "methods": [{"sam": {"rho": 0.05}}]},
+        }
+        study = Study.run(tiny_recipe(arms=arms), out=tmp_path)
+        assert study.trainings == 7
+        ends = {arm: study.data["arms"][arm]["0"]["checkpoints"][-1]["step"] for arm in arms}
+        firsts = {study.data["arms"][arm]["0"]["checkpoints"][0]["step"] for arm in arms}
+        assert len(set(ends.values())) == 6 and len(firsts) == 1
+        folders = {path.name.split("-")[1]: path for path in (tmp_path / "steps").iterdir()}
+        for arm in ("lora", "osf", "kappa"):
+            assert not list(folders[ends[arm]].rglob("adapter*")), arm
+        with pytest.raises(UserError, match="ewc: needs past tasks' data, and `train: joint` has no past tasks"):
+            prepare(load_recipe(tiny_recipe(arms={"x": {"train": "joint", "methods": ["ewc"], "from_task": 1}})))
+
     def test_a_loss_without_logits_is_refused_before_any_training(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
         recipe = tiny_recipe(arms={"distilled": [{"distill": {}}]})
         recipe["training"]["loss_type"] = "dft"

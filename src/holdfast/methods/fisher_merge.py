@@ -35,6 +35,7 @@ class FisherMerge(Method):
     decay: float = 1.0
 
     name: ClassVar[str] = "fisher_merge"
+    needs_past: ClassVar[bool] = True
     symbols: ClassVar[Mapping[str, str]] = {"weight": "λ", "anchor_weight": "λ₀"}
 
     def __post_init__(self) -> None:

@@ -114,6 +114,7 @@ class EWC(_Penalty):
     keep: Keep = "device"
 
     name: ClassVar[str] = "ewc"
+    needs_past: ClassVar[bool] = True
     symbols: ClassVar[Mapping[str, str]] = {"weight": "λ", "fisher": "F"}
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ class Rehearsal(Method):
     its part leaves the rest to the others) and shuffled in by the run's seed; the Trainer reshuffles every epoch.
 
     - ``mode``: ``replace`` keeps the number of examples and steps, ``add`` keeps all of the task's own examples.
-    - ``weights``: how the share is divided, by past task's name; a task that is not named gets nothing.
+    - ``weights_by_task``: how the share is divided, by past task's name; a task that is not named gets nothing.
     - ``budget``: only this many past examples are remembered in all, a reservoir over the past tasks in their order.
 
     Too little past data is reported (a warning, and ``shortfall``), never repeated. Cost: the past data on disk; no
@@ -32,6 +32,7 @@ class Rehearsal(Method):
     budget: int | None = None
 
     name: ClassVar[str] = "rehearsal"
+    needs_past: ClassVar[bool] = True
     symbols: ClassVar[Mapping[str, str]] = {"share": "share"}
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from holdfast.errors import UserError
 from holdfast.files import digest
 from holdfast.method import Method, from_spec, seams
 from holdfast.recipe import ArmSpec, MergeSpec, Recipe
@@ -37,6 +38,7 @@ class Step:
     methods: tuple[Method, ...] = field(default=(), hash=False)
     training: dict[str, Any] = field(default_factory=dict, hash=False)
     seed: int = 0
+    adapter: dict[str, Any] | None = field(default=None, hash=False)  # PEFT settings of this training
 
     @cached_property
     def key(self) -> str:
@@ -132,9 +134,12 @@ class _Planner:
         self.recipe, self.tasks, self.base = recipe, tasks, base
 
     def checkpoints(self, arm: ArmSpec, seed: int) -> list[tuple[str, Step]]:
+        methods = build_methods(arm.methods)
+        past = [method.name for method in methods if method.needs_past]
+        if past and arm.train != "sequential":
+            raise UserError(f"{past[0]}: needs past tasks' data, and `train: {arm.train}` has no past tasks.")
         if arm.train == "joint":
-            methods = build_methods(arm.methods)
-            return [("joint", self._step(self.base, self.tasks, [], methods, arm, seed))]
+            return [("joint", self._step(self.base, self.tasks, [], methods, arm, seed, arm.peft))]
         if arm.train == "independent":
             return self._independent(arm, seed)
         return self._sequential(arm, seed)
@@ -142,8 +147,11 @@ class _Planner:
     def _sequential(self, arm: ArmSpec, seed: int) -> list[tuple[str, Step]]:
         start, checkpoints = self.base, []
         for i, task in enumerate(self.tasks):
-            methods = build_methods(arm.methods) if i + 1 >= arm.from_task else ()
-            start = self._step(start, [task], self.tasks[:i], methods, arm, seed)
+            acts = i + 1 >= arm.from_task
+            methods = build_methods(arm.methods) if acts else ()
+            if i == 0:  # there is nothing to remember yet
+                methods = tuple(method for method in methods if not method.needs_past)
+            start = self._step(start, [task], self.tasks[:i], methods, arm, seed, arm.peft if acts else None)
             checkpoints.append((task.name, start))
         return checkpoints
 
@@ -151,8 +159,9 @@ class _Planner:
         merge = arm.merge or MergeSpec()
         tuned, checkpoints = [], []
         for i, task in enumerate(self.tasks):
-            methods = build_methods(arm.methods) if i + 1 >= arm.from_task else ()
-            tuned.append(self._step(self.base, [task], [], methods, arm, seed))
+            acts = i + 1 >= arm.from_task
+            methods = build_methods(arm.methods) if acts else ()
+            tuned.append(self._step(self.base, [task], [], methods, arm, seed, arm.peft if acts else None))
             if i == 0:
                 checkpoints.append((task.name, tuned[0]))  # one model: nothing to merge yet
                 continue
@@ -168,11 +177,12 @@ class _Planner:
         methods: tuple[Method, ...],
         arm: ArmSpec,
         seed: int,
+        adapter: dict[str, Any] | None,
     ) -> Step:
         """Training with the methods that need it, then the checkpoint seam where a method has one."""
         acting = tuple(m for m in methods if not checkpoint_only(m))
         editing = tuple(m for m in methods if checkpoint_only(m))  # the others edit their result while they train
-        memory = past if any("data" in seams(m) for m in acting) else []
+        memory = past if any(m.needs_past for m in acting) else []
         training = self._settings(tasks, arm)
         content = {
             "data": [task.train_hash for task in tasks],
@@ -181,6 +191,8 @@ class _Planner:
             "training": training,
             "seed": seed,
         }
+        if adapter is not None:
+            content["adapter"] = adapter
         step = Step(
             "train",
             content,
@@ -191,6 +203,7 @@ class _Planner:
             methods=acting,
             training=training,
             seed=seed,
+            adapter=adapter or self.recipe.lora,
         )
         if not editing:
             return step

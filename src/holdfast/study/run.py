@@ -83,9 +83,9 @@ class Runner:
 
         assert step.start is not None
         set_seed(step.seed)  # adapters are initialised when the model is loaded
-        model, tokenizer = self._load(step.start, lora=self.recipe.lora)
-        start = None if self.recipe.lora else self.model_source(step.start)  # with adapters the anchor is their start
-        base = None if self.recipe.lora or step.base is None else self.model_source(step.base)
+        model, tokenizer = self._load(step.start, adapter=step.adapter)
+        start = None if step.adapter else self.model_source(step.start)  # with adapters the anchor is their start
+        base = None if step.adapter or step.base is None else self.model_source(step.base)
         work = self.store.work_folder(step)
         trained = train(step, model, tokenizer, self.tasks, anchor=start, base=base, work=work, sink=self.sink)
         record: dict[str, Any] = {"steps": trained.steps, "history": trained.history}
@@ -127,10 +127,12 @@ class Runner:
 
         return base_folder(self.recipe, self.store)
 
-    def _load(self, step: Step, lora: dict[str, Any] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _load(
+        self, step: Step, adapter: dict[str, Any] | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from holdfast.models import load_model
 
-        return load_model(self.model_source(step), dtype=self.recipe.dtype, lora=lora)
+        return load_model(self.model_source(step), dtype=self.recipe.dtype, lora=adapter)
 
     # ------------------------------------------------------------ measurements
 
