@@ -47,7 +47,8 @@ class EvalSpec(Strict):
     """How one set of questions is read and scored.
 
     With ``choices`` the likeliest choice is compared with the answer; with ``metric: perplexity`` plain text is scored;
-    otherwise the greedy completion must equal the answer (``exact_match``), both after ``extract``.
+    otherwise the greedy completion must equal the answer (``exact_match``; ``numeric_match``: as a number), both after
+    ``extract``.
     """
 
     name: str = Field(default="", pattern=NAME + "|^$")
@@ -63,7 +64,7 @@ class EvalSpec(Strict):
     # the right answer: with `choices` the column of its index or text (default "answer"); else a column or template of
     # what must be generated, for example "{final:number}"
     answer: str | None = None
-    metric: Literal["acc", "acc_norm", "exact_match", "perplexity"] | None = None
+    metric: Literal["acc", "acc_norm", "exact_match", "numeric_match", "perplexity"] | None = None
     extract: str | None = None  # regular expression; group 1 of its last match is compared
     stop: list[str] = ["\n"]
     max_new_tokens: int = Field(default=64, ge=1)

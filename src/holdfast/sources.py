@@ -65,6 +65,7 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of some kind of tokenizer."""
     return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 

@@ -211,6 +211,12 @@ class TestRun:
             Study.run(tiny_recipe(), out=tmp_path)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
+    def test_answers_can_be_compared_as_numbers(self, tiny_recipe: Recipe) -> None:
+        recipe = tiny_recipe(arms={"sequential": []})
+        recipe["tasks"][0]["metric"] = "numeric_match"
+        questions = {task.name: task.metric for task in prepare(load_recipe(recipe)).questions}
+        assert (questions["echo"], questions["flip"]) == ("numeric_match", "exact_match")
+
     def test_methods_that_need_the_past_get_it_and_adapters_are_merged_into_their_arm(
         self, tiny_recipe: Recipe, finished: Path, tmp_path: Path
     ) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.options import BatchTokens, Cache, Dtype, Limit, LocalData, RunCode
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -17,8 +19,8 @@ def register(app: typer.Typer) -> None:
         after: Annotated[str, typer.Argument(help="The same, of the new checkpoint.")],
         max_drop: Annotated[float, typer.Option(min=0.0, help="Points a task may lose.")] = 1.0,
         panel: Annotated[str | None, typer.Option(help="paper1, sfa, quick or lab; needed to measure models.")] = None,
-        local_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' files; no hub is used.")] = None,
-        limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+        local_data: LocalData = None,
+        limit: Limit = None,
         max_perplexity_rise: Annotated[
             float | None, typer.Option(min=0.0, help="Percent a perplexity may rise (default: shown, not gated).")
         ] = None,
@@ -26,10 +28,10 @@ def register(app: typer.Typer) -> None:
         strict: Annotated[bool, typer.Option("--strict", help="Also fail where too few items leave it open.")] = False,
         markdown: Annotated[Path | None, typer.Option(help="Write the summary as Markdown.")] = None,
         junit: Annotated[Path | None, typer.Option(help="Write the summary as JUnit XML.")] = None,
-        dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "float32",
-        batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of one forward.")] = None,
-        run_code: Annotated[bool, typer.Option("--run-code", help="Run generated programs, in a sandbox.")] = False,
-        cache: Annotated[Path | None, typer.Option(help="Folder of cached scores.")] = None,
+        dtype: Dtype = "float32",
+        batch_tokens: BatchTokens = None,
+        run_code: RunCode = False,
+        cache: Cache = None,
     ) -> None:
         """Compare two checkpoints item by item; exit 1 if a drop is shown to be beyond the budget."""
         from rich.console import Console

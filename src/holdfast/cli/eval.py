@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.options import BatchTokens, Cache, Dtype, Limit, LocalData, RunCode
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -15,13 +17,13 @@ def register(app: typer.Typer) -> None:
     def evaluate_model(
         model: Annotated[str, typer.Argument(help="A model: folder, .gguf file, hub id, or lab.")],
         panel: Annotated[str, typer.Option(help="paper1, sfa, quick or lab.")] = "quick",
-        local_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' files; no hub is used.")] = None,
-        limit: Annotated[int | None, typer.Option(min=1, help="Items per task, the same ones every time.")] = None,
+        local_data: LocalData = None,
+        limit: Limit = None,
         out: Annotated[Path | None, typer.Option(help="Folder for items.parquet, summary.json, summary.md.")] = None,
-        dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16, auto.")] = "float32",
-        batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of one forward.")] = None,
-        run_code: Annotated[bool, typer.Option("--run-code", help="Run generated programs, in a sandbox.")] = False,
-        cache: Annotated[Path | None, typer.Option(help="Folder of cached scores.")] = None,
+        dtype: Dtype = "float32",
+        batch_tokens: BatchTokens = None,
+        run_code: RunCode = False,
+        cache: Cache = None,
     ) -> None:
         """Score a model on a panel; every value with its 95 % interval."""
         from rich.console import Console

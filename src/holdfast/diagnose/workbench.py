@@ -56,6 +56,7 @@ def subject(source: str, identity: str, name: str) -> Subject:
 
 
 def on_device(model: Any) -> Any:
+    """The model, on the GPU where there is one."""
     import torch
 
     return model.to("cuda") if torch.cuda.is_available() else model

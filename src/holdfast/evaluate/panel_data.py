@@ -33,6 +33,7 @@ def sample_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
 
 
 def find_rows(files: Iterable[str], hub: tuple[str, str | None, str] | None, local: Path | None) -> list[Row] | None:
+    """A task's rows: from the first of ``files`` below ``local``, else from the hub; None where there are none."""
     if local is not None:
         for name in files:
             for suffix in SUFFIXES:

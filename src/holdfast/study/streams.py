@@ -168,7 +168,7 @@ def _generated(spec: EvalSpec, pairs: Iterable[tuple[str, str]]) -> EvalTask:
         spec.name,
         "generate",
         tuple(Item(id=str(i), prompt=prompt, answer=answer) for i, (prompt, answer) in enumerate(pairs)),
-        metric="exact_match",
+        metric="numeric_match" if spec.metric == "numeric_match" else "exact_match",
         extract=spec.extract,
         stop=tuple(spec.stop),
         max_new_tokens=spec.max_new_tokens,
