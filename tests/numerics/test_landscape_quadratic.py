@@ -245,6 +245,30 @@ def test_ctrl_c_while_threads_write_waits_for_them(monkeypatch: pytest.MonkeyPat
     assert bits(model) == before
 
 
+def test_ctrl_c_while_the_weights_are_put_back_waits_until_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from holdfast.landscape import weights
+
+    model, calls = Bowl(slope=1.0), 0
+    before, restore = bits(model), weights.Mover.restore
+
+    def function(m: nn.Module) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            assert bits(model) != before
+            monkeypatch.setattr(weights.Mover, "restore", pressed)
+            raise Boom
+        return m()
+
+    def pressed(self: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        restore(self)
+
+    with pytest.raises(KeyboardInterrupt):
+        surface(model, function, grid=3)
+    assert bits(model) == before
+
+
 def test_an_interrupted_scan_continues_with_the_same_result(tmp_path: Any) -> None:
     model, calls = Bowl(slope=1.0), 0
 
