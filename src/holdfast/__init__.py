@@ -5,8 +5,9 @@ The public names are imported on first use, so that ``import holdfast`` stays ch
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from holdfast.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -33,9 +34,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    return lazily(__name__, _PUBLIC, name)
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"data", "metrics"},
     {"probe", "window"},
     {"anchor", "tensors", "weights"},
-    {"errors", "files", "hub"},
+    {"errors", "files", "hub", "lazy"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -5,8 +5,9 @@ The names are imported on first use: ``decompose`` needs numpy alone.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from holdfast.lazy import lazily
 
 _PUBLIC = {
     "Decomposition": "decomposition",
@@ -27,9 +28,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazily(__name__, _PUBLIC, name)
 
 
 def __dir__() -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from holdfast.evaluate.tasks import EvalTask, Item
+from holdfast.lazy import lazily
 
 if TYPE_CHECKING:
     from holdfast.evaluate.callback import EvaluateEvery
@@ -25,6 +25,4 @@ __all__ = ["EvalTask", "EvaluateEvery", "Item", "PrefixSharingLM", "measure", "s
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'holdfast.evaluate' has no attribute {name!r}")
+    return lazily(__name__, _PUBLIC, name)

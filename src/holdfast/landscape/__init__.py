@@ -5,8 +5,9 @@ Nothing here imports torch until it is used.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from holdfast.lazy import lazily
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -46,9 +47,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'holdfast.landscape' has no attribute {name!r}")
+    return lazily(__name__, _PUBLIC, name)
 
 
 def __dir__() -> list[str]:

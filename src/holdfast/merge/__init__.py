@@ -5,8 +5,9 @@ Nothing here imports torch until a torch tensor is asked for.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from holdfast.lazy import lazily
 
 _PUBLIC = {
     "linear": "functions",
@@ -32,9 +33,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"holdfast.merge.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'holdfast.merge' has no attribute {name!r}")
+    return lazily(__name__, _PUBLIC, name)
 
 
 def __dir__() -> list[str]:
