@@ -122,3 +122,36 @@ def test_fisher_mistakes(capsys):
     assert "valid: empirical, true, batch" in capsys.readouterr().err
     assert main(["fisher", "a", "--data", "nowhere.jsonl", "--out", "f.safetensors"]) == 2
     assert not Path("f.safetensors").exists()
+
+
+def test_fisher_files_a_fisher_merge_and_a_measured_sweep_of_real_models(folders: Path, capsys) -> None:
+    """From two models to Fisher files, their weighted merge by its formula, and a Pareto plane."""
+    import shutil
+
+    from holdfast import lab
+
+    shutil.copytree(lab.model_dir(), "tuned")
+    start = load_file(Path(lab.model_dir()) / "model.safetensors")
+    torch.manual_seed(0)
+    tuned = {name: value + 0.3 * value.std() * torch.randn_like(value) for name, value in start.items()}
+    save_file(tuned, "tuned/model.safetensors", metadata={"format": "pt"})
+    for model, task, out in (("lab", "lab:math", "f0"), ("tuned", "lab:law", "f1")):
+        words = ["fisher", model, "--data", task, "--samples", "3", "--out", f"{out}.safetensors"]
+        assert main(words) == 0
+    assert "trace" in capsys.readouterr().out
+    first, second = load_file("f0.safetensors"), load_file("f1.safetensors")
+    folder = str(lab.model_dir())
+    assert main(["merge", "fisher", folder, "tuned", "--out", "m", "fisher=f0.safetensors,f1.safetensors"]) == 0
+    merged = load_file("m/model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        total = first[name] + second[name]
+        expected = (first[name] * start[name] + second[name] * tuned[name]) / total
+        seen = total > 1e-12  # elsewhere the Fisher says nothing
+        assert seen.any()
+        torch.testing.assert_close(merged[name][seen], expected[seen], rtol=1e-4, atol=1e-6)
+    words = ["merge", "wise_ft", "tuned", "--base", folder, "--out", "s", "--sweep", "beta=0:1:0.5"]
+    assert main([*words, "--panel", "lab", "--limit", "4", "--axes", "facts,text"]) == 0
+    table = (folders / "s" / "pareto.csv").read_text().splitlines()
+    assert len(table) == 4 and (folders / "s" / "pareto.html").exists()
+    scores = json.loads((folders / "s" / "sweep.json").read_text())
+    assert scores
