@@ -124,7 +124,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": size // 4, "tokens": objective.tokens, "threads": torch.get_num_threads(),
         "transformers forward s": median(seconds_of(plain, 3)), "points": arguments.grid**2,
     }  # fmt: skip
-    for memory in ("stored", "regenerated"):
+    for memory in arguments.memory:
         marks: list[tuple[float, float]] = []
         with peak() as during:
             start = now()
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--directions", default="filter")
+    parser.add_argument("--memory", nargs="+", default=["stored", "regenerated"])
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-grid", type=int, default=11)
     parser.add_argument("--peer-only", action="store_true", help=argparse.SUPPRESS)

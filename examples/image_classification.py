@@ -6,8 +6,8 @@ plain training on task 2 forgets task 1. The pictures are made here.
 python examples/image_classification.py --out runs/images                    # plain training forgets task 1
 python examples/image_classification.py --out runs/images --methods          # rehearsal and SFA keep more of it
 
-Measured once (seed 0, a CPU), after task 2: plain 51.0 % on task 1 (chance: 50) and 97.4 % on task 2; with methods 93.8 %
-and 91.4 %. The settings were chosen by looking at these scores.
+Measured once (seed 0, a CPU), after task 2: plain 51.0 % on task 1 (chance: 50) and 97.4 % on task 2; with methods
+93.8 % and 91.4 %. The settings were chosen by looking at these scores.
 """
 
 from __future__ import annotations
