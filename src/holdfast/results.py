@@ -129,7 +129,8 @@ class Results:
                     "arms can hardly differ there."
                 )
         for arm in self.arms:
-            if self.data["arms"][arm].get("train") == "sequential" and not self.data["arms"][arm].get("methods"):
+            about = self.data["arms"][arm]
+            if about.get("train") == "sequential" and not about.get("methods") and not about.get("peft"):
                 found += self._plain_arm_warnings(arm)
         return found
 

@@ -80,7 +80,11 @@ def _print_arms(console: Console, prepared: Prepared) -> None:
     for name, arm in prepared.recipe.arms.items():
         methods = build_methods(arm.methods)
         way = arm.train if arm.merge is None else f"{arm.train}, merged by {arm.merge.method}"
-        console.print(f"  {name} ({way}{f', methods from task {arm.from_task}' if methods else ''})", markup=False)
+        console.print(
+            f"  {name} ({way}{f', methods from task {arm.from_task}' if methods or arm.peft else ''})", markup=False
+        )
+        if arm.peft is not None:
+            console.print(f"      peft: {arm.peft}", markup=False, style="dim")
         for line in describe(list(methods), clip=clip):
             console.print(f"      {line}", markup=False, style="dim")
 

@@ -120,7 +120,8 @@ def collect(prepared: Prepared, runner: Runner) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {}
     for arm in plan.arms:
         spec = recipe.arms[arm.arm]
-        entry = arms.setdefault(arm.arm, {"train": spec.train, "methods": spec.model_dump(mode="json")["methods"]})
+        about = {key: spec.model_dump(mode="json")[key] for key in ("train", "methods", "peft")}
+        entry = arms.setdefault(arm.arm, about)
         checkpoints = [
             {"after": after, "step": step.key, "scores": scores(prepared.questions, step, runner)}
             for after, step in arm.checkpoints
