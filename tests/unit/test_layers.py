@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"report"},
     {"results"},
     {"diagnose", "landscape"},
-    {"recipe"},
+    {"recipe", "recipe_file"},
     {"merge"},  # its Pareto plane measures outputs
     {"trainer", "run_state", "unsupported"},
     # `lab` names a model and a panel, its benchmark is made of evaluate tasks, and evaluate loads models by name

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import UserError
-from holdfast.recipe import builtin_recipes, load_recipe
+from holdfast.recipe import load_recipe
+from holdfast.recipe_file import builtin_recipes
 
 MINIMAL = {"model": "lab", "tasks": ["lab:math", {"source": "lab:law"}], "arms": {"sequential": []}}
 
@@ -51,6 +52,13 @@ def test_overrides_reach_every_place_and_keep_yaml_types() -> None:
     assert (recipe.tasks[0].train_limit, recipe.tasks[1].test_limit) == (7, 3)
     assert recipe.arms["wide"].methods == [{"sam": {"rho": 0.2}}]
     assert recipe.panel is not None and recipe.panel.limit == 5
+
+
+def test_an_override_finds_an_existing_key_with_dots_in_its_name() -> None:
+    mapping = {**MINIMAL, "arms": {"sfa-0.25": {"methods": [{"sfa": {"p": 0.25}}]}}}
+    recipe = load_recipe(mapping, ["arms.sfa-0.25.training.learning_rate=0.5", "arms.plain=[]"])
+    assert recipe.arms["sfa-0.25"].training == {"learning_rate": 0.5}
+    assert set(recipe.arms) == {"sfa-0.25", "plain"}
 
 
 def test_an_override_into_a_short_panel_keeps_its_name() -> None:

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         from rich.table import Table
 
         from holdfast.methods import METHODS
-        from holdfast.recipe import builtin_recipes
+        from holdfast.recipe_file import builtin_recipes
 
         console = Console()
         recipes = Table("recipe", "what it is", title="Recipes (holdfast run NAME)", title_justify="left")
