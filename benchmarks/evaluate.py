@@ -68,8 +68,13 @@ def worked(item: Item) -> str:
     return item.prompt + item.choices[int(item.answer or 0)] + "\n\n"
 
 
-def tasks(data: Path, scale: float) -> dict[str, tuple[str, Pairs, int]]:
-    """name -> (request type, arguments, choices per item). Items are drawn with seed 0."""
+def sizes(items: list[Item]) -> list[int]:
+    """Choices of each item."""
+    return [len(item.choices) for item in items]
+
+
+def tasks(data: Path, scale: float) -> dict[str, tuple[str, Pairs, list[int]]]:
+    """name -> (request type, arguments, requests of each item). Items are drawn with seed 0."""
     draw = random.Random(0)
 
     def some(name: str, fmt: Callable[[str, Any], Item], count: int) -> list[Item]:
@@ -95,21 +100,24 @@ def tasks(data: Path, scale: float) -> dict[str, tuple[str, Pairs, int]]:
         ]
     documents = draw.sample(rows(data, "text/c4_sample.jsonl.gz"), max(1, round(6 * scale)))
     prompts = some("bench/arc_easy_test.jsonl.gz", question, 12)
+    found = {
+        "hellaswag 0-shot": some("bench/hellaswag_validation.jsonl.gz", hellaswag, 64),
+        "arc_easy 0-shot": some("bench/arc_easy_test.jsonl.gz", question, 48),
+        "copa 0-shot": some("bench/copa_dev.jsonl.gz", copa, 64),
+    }
     return {
-        "hellaswag 0-shot": (
-            "loglikelihood",
-            pairs(some("bench/hellaswag_validation.jsonl.gz", hellaswag, 64)),
-            4,
+        "hellaswag 5-shot": ("loglikelihood", pairs(few, lambda k: shots[k]), sizes(few)),
+        "mmlu 5-shot": ("loglikelihood", pairs(lettered), sizes(lettered)),
+        **{name: ("loglikelihood", pairs(items), sizes(items)) for name, items in found.items()},
+        "c4 perplexity": (
+            "loglikelihood_rolling",
+            [(row["text"][:2000],) for row in documents],
+            [1] * len(documents),
         ),
-        "hellaswag 5-shot": ("loglikelihood", pairs(few, lambda k: shots[k]), 4),
-        "mmlu 5-shot": ("loglikelihood", pairs(lettered), 4),
-        "arc_easy 0-shot": ("loglikelihood", pairs(some("bench/arc_easy_test.jsonl.gz", question, 48)), 4),
-        "copa 0-shot": ("loglikelihood", pairs(some("bench/copa_dev.jsonl.gz", copa, 64)), 2),
-        "c4 perplexity": ("loglikelihood_rolling", [(row["text"][:2000],) for row in documents], 1),
         "generation": (
             "generate_until",
             [(item.prompt, {"until": ["\n"], "max_gen_toks": 32, "do_sample": False}) for item in prompts],
-            1,
+            [1] * len(prompts),
         ),
     }
 
@@ -123,13 +131,14 @@ def run(lm: Any, kind: str, arguments: Pairs) -> tuple[list[Any], float, float, 
     return answers, seconds, cpu, memory.mib
 
 
-def agreement(kind: str, ours: list[Any], theirs: list[Any], choices: int) -> dict[str, Any]:
+def agreement(kind: str, ours: list[Any], theirs: list[Any], choices: list[int]) -> dict[str, Any]:
     if kind == "generate_until":
         return {"equal": sum(a == b for a, b in zip(ours, theirs, strict=True)), "of": len(ours)}
     if kind == "loglikelihood_rolling":
         return {"largest difference per document": max(abs(a - b) for a, b in zip(ours, theirs, strict=True))}
+    starts = [sum(choices[:k]) for k in range(len(choices))]
     best = [
-        [max(range(k, k + choices), key=lambda i: answers[i][0]) for k in range(0, len(answers), choices)]
+        [max(range(start, start + n), key=lambda i: answers[i][0]) for start, n in zip(starts, choices, strict=True)]
         for answers in (ours, theirs)
     ]
     return {
@@ -140,11 +149,13 @@ def agreement(kind: str, ours: list[Any], theirs: list[Any], choices: int) -> di
     }
 
 
-def best_batch(model: Any, tokenizer: Any, kind: str, arguments: Pairs, sizes: list[int], choices: int) -> int:
+def best_batch(
+    model: Any, tokenizer: Any, kind: str, arguments: Pairs, candidates: list[int], choices: list[int]
+) -> int:
     """HFLM's fastest batch size on the first eight items."""
-    part = arguments[: 8 * choices]
+    part = arguments[: sum(choices[:8])]
     times = {}
-    for size in sizes:
+    for size in candidates:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         times[size] = run(lm, kind, part)[2]
     return min(times, key=lambda size: times[size])
