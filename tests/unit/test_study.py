@@ -211,6 +211,17 @@ class TestRun:
             Study.run(tiny_recipe(), out=tmp_path)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
+    def test_anchors_of_a_base_that_is_no_folder(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
+        """`lab` is a name: methods of the first task, the stream's base and pseudo-rehearsal must find its weights."""
+        arms = {
+            "l2": {"methods": [{"l2": {"weight": 1.0}}], "from_task": 1},
+            "base": [{"l2": {"anchor": "base"}}, {"sfa": {"anchor": "base"}}],
+            "pseudo": [{"pseudo_rehearsal": {"max_new_tokens": 4}}],
+        }
+        changes = {"learning_rate": 0.003, "max_steps": 2, "per_device_train_batch_size": 8, "max_length": 32}
+        study = Study.run(tiny_recipe(model="lab", arms=arms, panel=None, training=changes), out=tmp_path)
+        assert study.trainings == 5
+
     def test_answers_can_be_compared_as_numbers(self, tiny_recipe: Recipe) -> None:
         recipe = tiny_recipe(arms={"sequential": []})
         recipe["tasks"][0]["metric"] = "numeric_match"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.evaluate.forward import Cache, Forward, evaluation_mode, expanded, is_out_of_memory
 from holdfast.evaluate.tree import Batch, Question, batches
 
-CPU_TOKENS = 1024  # tokens a forward: small enough for the cache, large enough to fill the cores; not tuned
+CPU_TOKENS = 640  # tokens a forward: more is no faster on two cores and takes more memory (benchmarks/evaluate.py)
 ACCELERATOR_TOKENS = 16384
 CACHED_TOKENS = 16  # cached tokens (trunk and rows) of one forward, in units of batch_tokens
 HEAD_ROWS = 256  # positions whose log-softmax is made at once

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.evaluate.tasks import EvalTask
+from holdfast.method import Method
 from holdfast.recipe import Recipe
+from holdfast.sources import locate
 from holdfast.study.plan import Plan, Step
 from holdfast.study.progress import Sink
 from holdfast.study.store import Store
@@ -84,14 +86,24 @@ class Runner:
         assert step.start is not None
         set_seed(step.seed)  # adapters are initialised when the model is loaded
         model, tokenizer = self._load(step.start, adapter=step.adapter)
-        start = None if step.adapter else self.model_source(step.start)  # with adapters the anchor is their start
-        base = None if step.adapter or step.base is None else self.model_source(step.base)
+        start, base = self._anchors(step)
         work = self.store.work_folder(step)
         trained = train(step, model, tokenizer, self.tasks, anchor=start, base=base, work=work, sink=self.sink)
         record: dict[str, Any] = {"steps": trained.steps, "history": trained.history}
         with self.store.new_step(step, record) as folder:
             save_model(_whole_model(trained.model), tokenizer, folder)
             record["seconds"] = round(time.perf_counter() - began, 2)
+
+    def _anchors(self, step: Step) -> tuple[Path | None, Path | None]:
+        """Folders of θ₀ for a training's methods: the task's start, the stream's start. None: the model as it is."""
+        if step.adapter or not step.methods or step.start is None:
+            return None, None  # with adapters the anchor is their own start
+        if step.start.kind == "base":
+            local = locate(self.recipe.model)
+            folder = Path(local.at) if local.kind == "folder" else None
+            return folder, folder
+        wanted = step.base is not None and any(_uses_base(method) for method in step.methods)
+        return self._folder(step.start), self._folder(step.base) if wanted and step.base else None
 
     def _edit(self, step: Step, began: float) -> None:
         from holdfast.study.editing import edit_checkpoint
@@ -149,6 +161,11 @@ class Runner:
         for task in todo:
             self.store.write_measure(step, task, items[items["task"] == task.name])
         self.sink.end()
+
+
+def _uses_base(method: Method) -> bool:
+    """Whether a method reads the stream's first model: a hub model is then saved once, beside the run."""
+    return getattr(method, "anchor", "") == "base" or method.name == "pseudo_rehearsal"
 
 
 def _whole_model(model: Any) -> PreTrainedModel:
