@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +154,11 @@ class Engine:
         targets = torch.from_numpy(np.concatenate([pairs[:, 1] for pairs in flat])).to(device)
         need, which = np.unique(nodes, return_inverse=True)
         ids = torch.from_numpy(tokens).to(device)
-        if share:
+        inputs: dict[str, Any]
+        mask: Any
+        if share and not trunk and all(row.is_chain for row in rows):
+            mask, inputs = None, {"use_cache": False}  # plain causal attention: its kernels are faster than masked ones
+        elif share:
             position = torch.from_numpy(positions).to(device)
             visible = _visible(torch.from_numpy(end).to(device), offset)
             prefix = torch.arange(offset, device=device).expand(len(rows), -1)

@@ -46,6 +46,11 @@ class Row:
         return len(self.tokens)
 
     @property
+    def is_chain(self) -> bool:
+        """Whether every token follows the one before it, from position 0: plain causal text."""
+        return self.end == [len(self)] * len(self) and self.positions == list(range(len(self)))
+
+    @property
     def scored(self) -> int:
         """Nodes whose logits are needed."""
         return len({node for node, _, _ in self.pairs})
