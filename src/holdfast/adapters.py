@@ -67,9 +67,7 @@ def _kappa_targets(model: PreTrainedModel, share: float) -> dict[str, list[str]]
     return found | ({"target_parameters": experts} if experts else {})
 
 
-def with_adapter(
-    model: PreTrainedModel, mapping: Mapping[str, Any], seed: int | None, key: str = "lora"
-) -> PreTrainedModel:
+def with_adapter(model: PreTrainedModel, mapping: Mapping[str, Any], seed: int | None) -> PreTrainedModel:
     """Wrap a model as :func:`check_adapter` reads the mapping.
 
     Its random start comes from the global generator, or from ``seed``, which leaves that generator as it was.
@@ -77,8 +75,8 @@ def with_adapter(
     import torch
     from peft import get_peft_model
 
-    config, settings = check_adapter(mapping, key)
-    share = _kappa_share(settings, key)
+    config, settings = check_adapter(mapping)
+    share = _kappa_share(settings, "lora")
     if share is not None:
         settings |= _kappa_targets(model, share)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -88,5 +86,5 @@ def with_adapter(
             wrapped: Any = get_peft_model(model, config(task_type="CAUSAL_LM", **settings))
         except (ValueError, TypeError) as error:
             text = str(error).strip().splitlines()
-            raise UserError(f"{key}: {text[0] if text else type(error).__name__}") from error
+            raise UserError(f"lora: {text[0] if text else type(error).__name__}") from error
     return wrapped

@@ -80,9 +80,8 @@ def _print_arms(console: Console, prepared: Prepared) -> None:
     for name, arm in prepared.recipe.arms.items():
         methods = build_methods(arm.methods)
         way = arm.train if arm.merge is None else f"{arm.train}, merged by {arm.merge.method}"
-        console.print(
-            f"  {name} ({way}{f', methods from task {arm.from_task}' if methods or arm.peft else ''})", markup=False
-        )
+        since = f", its own way from task {arm.from_task}" if methods or arm.peft else ""
+        console.print(f"  {name} ({way}{since})", markup=False)
         if arm.peft is not None:
             console.print(f"      peft: {arm.peft}", markup=False, style="dim")
         for line in describe(list(methods), clip=clip):
