@@ -35,7 +35,7 @@ from holdfast.lab.known_truth import contradictions, instruct, instructions
 
 FORMAT_ROWS, OVERWRITTEN = 600, 160
 RESTORING = {"learning_rate": 3e-4, "batch_size": 8, "max_length": 128}
-TOKENS = 24_000
+TOKENS = 48_000
 
 
 def new_format(rows: int, seed: int) -> Dataset:
@@ -85,8 +85,8 @@ def confusion(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
     for seed in seeds:
         wrong, _ = contradictions(OVERWRITTEN, seed)
         plan = {
-            "pseudo": (new_format(FORMAT_ROWS, seed), {"epochs": 1, "learning_rate": 1e-3}),
-            "actual": (wrong, {"epochs": 6, "learning_rate": 1e-3}),
+            "pseudo": (new_format(FORMAT_ROWS, seed), {"epochs": 1, "learning_rate": 5e-4}),
+            "actual": (wrong, {"epochs": 6, "learning_rate": 5e-4}),
             "no facts overwritten": (instructions(FORMAT_ROWS, seed), {"epochs": 1, "learning_rate": 3e-4}),
         }
         checkpoints = {"none": "lab"}

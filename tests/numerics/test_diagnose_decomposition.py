@@ -89,6 +89,17 @@ def test_a_loss_that_the_control_shares_is_not_blamed_on_tuning():
     assert "control" in found.reason
 
 
+def test_restoring_as_far_as_it_leaves_the_base_is_pseudo_only_beside_a_control():
+    rng = np.random.default_rng(6)
+    base = np.ones(600)
+    tuned = (rng.random(600) > 0.5).astype(float)
+    restored, control = ((rng.random(600) > 0.04).astype(float) for _ in range(2))  # restoring costs 4 points of 50
+    assert decompose(base, tuned, restored).verdict == "actual"
+    found = decompose(base, tuned, restored, control)
+    assert found.knowledge_loss.low > 0
+    assert (found.verdict, found.reason) == ("pseudo", "restoring brings the score as far as it leaves the base itself")
+
+
 def test_a_loss_hidden_by_better_format_is_actual_only_with_a_control():
     rng = np.random.default_rng(5)
     base = (rng.random(800) < 0.7).astype(float)

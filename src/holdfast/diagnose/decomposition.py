@@ -74,7 +74,8 @@ def decompose(
 
     - ``actual``: a drop, and B-R above 0 (and above what the control lost, where one is given); also without a drop
       if restoring takes away a gain in format and shows a loss that the control doesn't have;
-    - ``pseudo``: a drop, B-R not above 0, and at most half of the drop (or ``margin``) can still be knowledge loss;
+    - ``pseudo``: a drop, B-R not above 0 (or no more than what the control lost), and at most half of the drop (or
+      ``margin``) can still be knowledge loss;
     - ``none``: no drop, and any drop larger than ``margin`` is ruled out;
     - ``undecided``: the items can't tell; ``items_needed`` says how many could.
 
@@ -172,12 +173,13 @@ def judge(found: Mapping[str, Contrast], margin: float) -> tuple[Verdict, str, f
     if drop.interval.low > 0:
         if beyond_control:
             return "actual", "the restored model stays below the base", None
+        bound = max(margin, drop.interval.value / 2)
+        if loss.interval.high <= bound:
+            back = "as far as it leaves the base itself" if lost else "back"
+            return "pseudo", f"restoring brings the score {back}", None
         if lost and excess is not None:
             why = "the restored model stays below the base, but so does the control: restoring itself costs that much"
             return "undecided", why, excess.items_to_show()
-        bound = max(margin, drop.interval.value / 2)
-        if loss.interval.high <= bound:
-            return "pseudo", "restoring brings the score back", None
         why = "there is a drop, but the items can't tell whether restoring brings it back"
         return "undecided", why, _least(loss.items_to_show(), loss.items_to_bound(bound))
     if beyond_control and excess is not None and shift.interval.high < 0:

@@ -1,9 +1,9 @@
 """The merge formulas as pure functions of tensors, or of mappings from names to tensors.
 
 Tensors are torch tensors or numpy arrays; the result has the type, dtype, shape and device of the base (or of the first
-model). All arithmetic is one precision above the dtype (float32 for 16-bit numbers, float64 otherwise), with one
-rounding to nearest even at the end. Cost: one read of every input, one transient copy of a few hundred KiB.
-A shape or name that does not match raises ``UserError``.
+model). All arithmetic is at least one precision above the dtype (weighted sums in float64, the rest in float32 for
+16-bit numbers), with one rounding to nearest even at the end. Cost: one read of every input, one transient copy of a
+few hundred KiB. A shape or name that does not match raises ``UserError``.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def parse_dtype(name: str) -> str:
 
 
 def working_type(dtype: str) -> type[np.floating[Any]]:
-    """Accumulate one precision above the result: float32 for 16-bit numbers, float64 for 32 and 64.
+    """What formulas see: one precision above the result, float32 for 16-bit numbers, float64 for 32 and 64.
 
     With the spare bits a weighted mean of equal numbers rounds back to exactly that number (64-bit numbers have none).
     """
