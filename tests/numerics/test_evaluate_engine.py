@@ -126,15 +126,18 @@ def test_long_contexts_are_cut_as_hflm_cuts_them(lab_model: PreTrainedModel, tok
     assert ours.truncated == 3
 
 
+@pytest.mark.parametrize("batch_tokens", [None, 24], ids=["whole prompts", "prompts in pieces"])
 @pytest.mark.parametrize("name", ["lab", "gpt2", "mistral, window 6"])
-def test_generation_token_for_token(name: str, lab_model: PreTrainedModel, tokenizer: Any) -> None:
+def test_generation_token_for_token(
+    name: str, batch_tokens: int | None, lab_model: PreTrainedModel, tokenizer: Any
+) -> None:
     torch.manual_seed(0)
     model = lab_model if name == "lab" else AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer))).eval()
     generator = random.Random(4)
     shots = sentence(generator, 40, 40)
     prompts = [shots + "\n" + sentence(generator, 1, 12) for _ in range(7)]
     prompts += [sentence(generator, 1, 20) for _ in range(9)]
-    outputs = generate_texts(Engine(model), tokenizer, prompts, max_new_tokens=14, limit=256)
+    outputs = generate_texts(Engine(model, batch_tokens), tokenizer, prompts, max_new_tokens=14, limit=256)
     for prompt, output in zip(prompts, outputs):
         inputs = tokenizer(prompt, return_tensors="pt")
         made = model.generate(

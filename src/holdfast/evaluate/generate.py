@@ -19,7 +19,7 @@ from holdfast.evaluate.forward import Cache, evaluation_mode, is_out_of_memory
 from holdfast.evaluate.room import Room
 from holdfast.evaluate.tree import trunks
 
-MAX_ROWS = 64
+MAX_ROWS, CPU_ROWS = 64, 16  # decoded together; a processor is saturated at sixteen
 KEEP = 0.75  # share of unfinished rows below which the batch is compacted
 
 
@@ -173,12 +173,13 @@ class _Decoder:
     def _plan(self, prompts: list[Prompt], members: list[int], trunk: int) -> list[list[int]]:
         """Prompts of like length together, longest first, within the rows and cached tokens of a batch."""
         room = CACHED_TOKENS * self.engine.batch_tokens
+        most = CPU_ROWS if self.forward.device.type == "cpu" else MAX_ROWS
         plan: list[list[int]] = []
         for k in sorted(members, key=lambda k: len(prompts[k].tokens) + prompts[k].max_new, reverse=True):
             if plan:
                 first = prompts[plan[-1][0]]
                 width = len(first.tokens) + first.max_new
-                if len(plan[-1]) < MAX_ROWS and (len(plan[-1]) + 1) * width <= room:
+                if len(plan[-1]) < most and (len(plan[-1]) + 1) * width <= room:
                     plan[-1].append(k)
                     continue
             plan.append([k])
@@ -201,8 +202,9 @@ class _Decoder:
         done = [False] * len(prompts)
         start = len(trunk)
         while True:
-            logits = self._step(ids, start, valid, positions, past)
-            start += ids.shape[1]
+            for part in ids.split(max(1, self.engine.batch_tokens // len(ids)), dim=1):  # long prompts in several steps
+                logits = self._step(part, start, valid, positions, past)
+                start += part.shape[1]
             chosen = self.choose(logits).tolist()
             for row, k in enumerate(alive):
                 done[k] = done[k] or self._ends(made[k], chosen[row], prompts[k])

@@ -66,8 +66,8 @@ def stretches(size: int, length: int) -> Iterator[tuple[int, int]]:
 def combine(weights: Sequence[float], inputs: Sequence[Array | None], scratch: Scratch) -> Array:
     """Sum of wᵢ·xᵢ; an input of weight zero is not touched, so weights (1, 0) give the first back bit for bit.
 
-    Sums in float64 whatever the inputs are, so that terms which nearly cancel leave the right number; that costs about a
-    nanosecond a number.
+    Sums in float64 whatever the inputs are, so that terms which nearly cancel leave the right number. That costs about
+    a nanosecond a number.
     """
     chosen = [(weight, values) for weight, values in zip(weights, inputs) if weight != 0 and values is not None]
     if not chosen:
