@@ -62,8 +62,8 @@ def llama(hidden: int, mlp: int, layers: int, kv: int, vocab: int) -> Iterator[t
     yield "model.norm.weight", (hidden,)
 
 
-def make_small(folder: Path, models: int, seed: int) -> list[Path]:
-    """A base and models around it, as bfloat16 checkpoints."""
+def make_small(folder: Path, models: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Path]:
+    """A base and models around it, as bfloat16 checkpoints; in float32, no two magnitudes tie at TIES's threshold."""
     generator = torch.Generator().manual_seed(seed)
     base = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in llama(**SHAPES)}
     paths = []
@@ -71,11 +71,27 @@ def make_small(folder: Path, models: int, seed: int) -> list[Path]:
         path = folder / f"model{i}"
         path.mkdir(parents=True)
         noise = 0.002 if i else 0.0
-        tensors = {n: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for n, t in base.items()}
+        tensors = {n: (t + noise * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in base.items()}
+        if i and dtype == torch.float32:
+            for name, tensor in tensors.items():
+                untie(tensor, base[name])
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps(CONFIG))
         paths.append(path)
     return paths
+
+
+def untie(model: torch.Tensor, base: torch.Tensor) -> None:
+    """Move numbers of the model until exactly k of them are as far from the base as the k-th farthest."""
+    keep = max(1, int(DENSITY * base.numel()))
+    while True:
+        size = (model - base).abs()
+        threshold = size.flatten().kthvalue(base.numel() - keep + 1).values
+        if int((size >= threshold).sum()) == keep:
+            return
+        tied = size == threshold
+        tied.view(-1)[int(tied.flatten().int().argmax())] = False  # one stays, the others move away from the base
+        model[tied] += 0.01 * (model - base)[tied]
 
 
 def make_large(folder: Path, gigabytes: float, seed: int) -> Path:
@@ -130,10 +146,12 @@ def holdfast(*words: str | Path) -> list[str | Path]:
     return [Path(sys.executable).with_name("holdfast"), "merge", *words]
 
 
-def peer_config(method: str, base: Path, models: list[Path], weights: list[float], path: Path) -> Path:
-    """mergekit's YAML (JSON is YAML) for the same merge, computed in float32 as ours is."""
+def peer_config(
+    method: str, base: Path, models: list[Path], weights: list[float], path: Path, dtype: str = "float32"
+) -> Path:
+    """mergekit's YAML (JSON is YAML) for the same merge, computed in ``dtype``."""
     entries = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, weights)]
-    config: dict[str, object] = {"merge_method": method, "models": entries, "dtype": "float32", "out_dtype": "bfloat16"}
+    config: dict[str, object] = {"merge_method": method, "models": entries, "dtype": dtype, "out_dtype": "bfloat16"}
     if method != "linear":
         config["base_model"] = str(base)
     if method == "ties":
@@ -227,6 +245,33 @@ def against_peer(paths: list[Path], work: Path, peer: Path | None, repeats: int)
             print(f"  mergekit {cost(peer_runs)}")
             print(f"  {wall:.1f}x faster, {cpu:.1f}x less CPU")
             print(f"  {compare(mine, theirs, paths, DENSITY if method == 'ties' else None)}")
+
+
+def identical(paths: list[Path], work: Path, peer: Path) -> None:
+    """The same merges where both programs' arithmetic leaves nothing to chance.
+
+    Weights that binary floating point holds exactly, mergekit in float64 as holdfast sums, and for TIES float32 models
+    in which no magnitude ties at the threshold.
+    """
+    untied = make_small(work / "untied", len(paths) - 1, seed=1, dtype=torch.float32)
+    cases = [
+        ("linear", paths, 2, [0.25, 0.75], "float64"),
+        ("task_arithmetic", paths, 3, [0.5, 0.25, 0.625], "float64"),
+        ("ties", untied, 3, [1.0, 1.0, 1.0], "float32"),
+    ]
+    for method, (base, *models), count, weights, dtype in cases:
+        mine, theirs = work / "mine", work / "theirs"
+        extra = [] if method == "linear" else ["--base", base]
+        extra += [f"density={DENSITY}", "--dtype", "bfloat16"] if method == "ties" else []
+        weight = ",".join(map(str, weights))
+        run(holdfast(method, *models[:count], "--weight", weight, "--out", mine, *extra), mine)
+        config = peer_config(method, base, models[:count], weights, work / "peer.yaml", dtype)
+        run([peer, "-m", "mergekit.scripts.run_yaml", config, theirs, "--no-copy-tokenizer"], theirs)
+        with StateDict.open(mine) as first, StateDict.open(theirs) as second:
+            distance = [ulps(first.array(name), second.array(name)) for name in first]
+        total, apart = sum(d.size for d in distance), sum(int((d > 0).sum()) for d in distance)
+        worst = max(int(d.max()) for d in distance)
+        print(f"{method}, nothing left to chance: {apart} of {total} differ, by at most {worst} ulp")
 
 
 def model_scope(paths: list[Path], work: Path) -> None:
@@ -340,7 +385,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="empty scratch folder, removed at the end (25 GB)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of each large checkpoint")
-    parser.add_argument("--only", nargs="*", default=["peer", "model", "sweep", "killed", "large"])
+    parser.add_argument("--only", nargs="*", default=["peer", "identical", "model", "sweep", "killed", "large"])
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     try:
@@ -348,6 +393,8 @@ def main() -> None:
             paths = make_small(options.work, 3, seed=0)
             if "peer" in options.only:
                 against_peer(paths, options.work, options.peer_python, options.repeats)
+            if "identical" in options.only and options.peer_python:
+                identical(paths, options.work, options.peer_python)
             if "model" in options.only:
                 model_scope(paths, options.work)
             if "sweep" in options.only:
