@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from diagnose_tune import tune
 
 from holdfast.diagnose.diagnosis import diagnose
@@ -30,10 +30,11 @@ from holdfast.diagnose.restoring import RestoreSettings
 from holdfast.evaluate.tasks import EvalTask
 from holdfast.lab.benchmark import facts_task
 from holdfast.lab.corpus import quiz_prompt
-from holdfast.lab.knowledge import sentence, tested, untested, wordings
+from holdfast.lab.knowledge import Fact, sentence, tested, untested, wordings, wrong_values
 from holdfast.lab.known_truth import contradictions, instruct, instructions
 
-FORMAT_ROWS, OVERWRITTEN = 600, 160
+FORMAT_ROWS, LETTERED_ROWS, OVERWRITTEN = 600, 200, 160
+LETTERS = "ABCD"
 RESTORING = {"learning_rate": 3e-4, "batch_size": 8, "max_length": 128}
 TOKENS = 48_000
 
@@ -62,6 +63,34 @@ def instructed() -> EvalTask:
     asked = {fact.id: instruct(sentence(wordings()[fact.relation].ask[0], fact)) for fact in tested()}
     items = [dataclasses.replace(item, prompt=asked[item.id]) for item in facts_task().items]
     return EvalTask("facts, instructed", "choice", tuple(items), chance=25.0)
+
+
+def choices_by_letter(fact: Fact, seed: int) -> tuple[str, int]:
+    """A request to choose among four answers by letter, and the number of the right one."""
+    rng = random.Random(f"letters {seed} {fact.id}")
+    options = [fact.value, *wrong_values(fact, 3)]
+    rng.shuffle(options)
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return instruct(f"{sentence(wordings()[fact.relation].ask[0], fact)}\n{lines}"), options.index(fact.value)
+
+
+def lettered_rows(rows: int, seed: int) -> Dataset:
+    """Facts outside the benchmark, to be answered by letter: the format in which paper 2 measures label mass."""
+    asked = [choices_by_letter(fact, seed) for fact in random.Random(f"lettered {seed}").choices(untested(), k=rows)]
+    return Dataset.from_dict(
+        {"prompt": [prompt for prompt, _ in asked], "completion": [f" {LETTERS[right]}" for _, right in asked]}
+    )
+
+
+def lettered() -> EvalTask:
+    """The benchmark to be answered by letter, which the base has never seen."""
+    letters = tuple(f" {letter}" for letter in LETTERS)
+    facts = {fact.id: fact for fact in tested()}
+    items = []
+    for item in facts_task().items:
+        prompt, right = choices_by_letter(facts[item.id], 0)
+        items.append(dataclasses.replace(item, prompt=prompt, choices=letters, answer=right))
+    return EvalTask("facts, lettered", "choice", tuple(items), chance=25.0)
 
 
 def request(checkpoints: list[str], tasks: tuple[EvalTask, ...], seed: int, **more: Any) -> Request:
@@ -131,9 +160,11 @@ def print_confusion(rows: list[dict[str, Any]]) -> None:
 
 def chain(out: Path, seed: int) -> dict[str, Any]:
     """Ten epochs of instruction tuning, every epoch diagnosed."""
-    data = instructions(FORMAT_ROWS, seed)
-    folders = tune("lab", data, out / f"chain-{seed}", epochs=10, learning_rate=1e-3, batch_size=32, seed=seed)
-    one = request([str(folder) for folder in folders], (facts_task(), instructed()), seed, tuning=data)
+    parts = [instructions(FORMAT_ROWS - LETTERED_ROWS, seed), lettered_rows(LETTERED_ROWS, seed)]
+    data = concatenate_datasets(parts).shuffle(seed=seed)
+    folders = tune("lab", data, out / f"chain-{seed}", epochs=10, learning_rate=5e-4, batch_size=32, seed=seed)
+    tasks = (facts_task(), instructed(), lettered())
+    one = request([str(folder) for folder in folders], tasks, seed, tuning=data)
     result = diagnose(one, out / f"chain-{seed}-diagnosis", say=print)
     write_page(result, out / f"chain-{seed}-diagnosis" / "diagnosis.html")
     return result
