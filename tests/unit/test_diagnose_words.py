@@ -10,11 +10,25 @@ import pytest
 
 from holdfast.diagnose.advice import advice, advise_run, contamination_notice
 from holdfast.diagnose.decomposition import decompose
+from holdfast.diagnose.diagnosis import labelled
 from holdfast.diagnose.samples import decompose_samples, read_samples
 from holdfast.diagnose.timeline import marks
 from holdfast.errors import UserError
+from holdfast.evaluate.tasks import EvalTask, Item
 
 NAN = float("nan")
+
+
+def test_marks_look_at_benchmarks_answered_by_label():
+    def task(name: str, *choices: tuple[str, ...]) -> EvalTask:
+        items = tuple(Item(f"{name}/{n}", "?", one, 0) for n, one in enumerate(choices))
+        return EvalTask(name, "choice", items)
+
+    letters = task("letters", (" A", " B"), (" A", " B"))
+    words = task("words", (" gold", " iron"), (" Mali", " Peru"))
+    written = EvalTask("written", "generate", (Item("written/0", "?", (), "gold"),), metric="exact_match")
+    assert labelled([words, letters, written]) == ["letters"]
+    assert labelled([words, written]) == ["words", "written"]
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,11 @@ def _result(
         warnings = [*warnings, notice]
 
     def curve(probe: str) -> list[float]:
-        """Mean over the benchmarks that have the probe."""
+        """Mean over the benchmarks that are answered by label and have the probe."""
         values = []
         for point in points:
-            known = [v for task in point["tuned"]["probes"].values() if (v := task[probe]) is not None]
+            probes = point["tuned"]["probes"]
+            known = [v for task in labelled(request.scored) if (v := probes[task][probe]) is not None]
             values.append(sum(known) / len(known) if known else math.nan)
         return values
 
@@ -229,6 +230,15 @@ def _result(
         "advice": advise_run(pooled),
         "warnings": warnings,
     }
+
+
+def labelled(tasks: Sequence[EvalTask]) -> list[str]:
+    """Benchmarks whose items all offer the same choices (A, B, …; yes, no), all benchmarks if there is none.
+
+    Label mass tells of the format only where the answers are labels: answers in words compete with every other word.
+    """
+    names = [task.name for task in tasks if len({item.choices for item in task.items}) == 1 and task.items[0].choices]
+    return names or [task.name for task in tasks]
 
 
 def _described(task: EvalTask, measured: _Measured) -> dict[str, Any]:

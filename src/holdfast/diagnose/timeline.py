@@ -15,8 +15,9 @@ class Marks:
     """Indices into the checkpoints (0 is the first after the base); None where a stage isn't reached.
 
     ``format_aligned``: from here on label mass stays above 0.95. ``entropy_declines``: from here on the entropy over
-    the choices only falls. ``actual_from``: from here on every decided verdict is ``actual``, after one that was not.
-    ``actual_throughout``: every decided verdict is ``actual``; the transition, if there was one, came earlier.
+    the choices only falls. Both are means over the benchmarks answered by label (A to D), or over all if there is none.
+    ``actual_from``: from here on every decided verdict is ``actual``, after one that was not. ``actual_throughout``:
+    every decided verdict is ``actual``; the transition, if there was one, came earlier.
     """
 
     format_aligned: int | None
