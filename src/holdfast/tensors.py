@@ -6,7 +6,7 @@ on the local part; only sums over all elements need the other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Params = Mapping[str, nn.Parameter]
+
+PIECE = 1 << 17  # numbers that stay in a processor's cache while several operations go over them
 
 
 def as_dtensor(tensor: Tensor) -> DTensor | None:
@@ -53,6 +55,21 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory (writes go through)."""
     plain = tensor.detach()
     return plain.to_local() if isinstance(plain, DTensor) else plain
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Aligned stretches of tensors of one shape, sharing their memory.
+
+    On a processor memory bounds elementwise work; stretch by stretch, what one operation wrote is still in the cache
+    when the next one reads it. Tensors on an accelerator, small ones and ones that are not contiguous come whole.
+    """
+    size = tensors[0].numel()
+    if size <= PIECE or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    flat = [tensor.view(-1) for tensor in tensors]
+    for start in range(0, size, PIECE):
+        yield tuple(tensor[start : start + PIECE] for tensor in flat)
 
 
 def locals_(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -32,6 +32,14 @@ def network(theta: Tensor) -> Tensor:
 
 
 both = pytest.mark.parametrize("loss_at", [quadratic, network])
+in_stretches = pytest.mark.usefixtures("stretch")
+
+
+@pytest.fixture(params=[None, 5], ids=["whole tensors", "stretches of 5"])
+def stretch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The penalties also work on a tensor stretch by stretch."""
+    if request.param is not None:
+        monkeypatch.setattr("holdfast.tensors.PIECE", request.param)
 
 
 class World:
@@ -86,11 +94,13 @@ def penalised(loss_at: Callable[[Tensor], Tensor], term: Callable[[Tensor], Tens
     return path
 
 
+@in_stretches
 @both
 def test_l2(loss_at: Callable[[Tensor], Tensor]) -> None:
     close(World(loss_at).run(L2(weight=0.7), 5), penalised(loss_at, lambda d: 0.7 * d, 5))
 
 
+@in_stretches
 @both
 def test_l1(loss_at: Callable[[Tensor], Tensor]) -> None:
     close(World(loss_at).run(L1(weight=0.02), 5), penalised(loss_at, lambda d: 0.02 * d.sign(), 5))
@@ -286,6 +296,25 @@ def test_fisher_leaves_gradients_as_they_were() -> None:
     model.w.grad = torch.tensor([3.0], dtype=torch.float64)
     diagonal({"w": model.w}, model, "task0", "empirical", 5, 1, 0)
     assert model.w.grad.tolist() == [3.0]
+
+
+@in_stretches
+def test_ewc_weighs_each_number_with_its_own_fisher() -> None:
+    generator = torch.Generator().manual_seed(6)
+    start, moved, fisher, gradient = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(4))
+    param = nn.Parameter(start.clone())
+    method = EWC(weight=0.7)
+    method.begin(Context({"w": param}, probe=None, resuming=True))
+    method.load_state_dict({"w": fisher})
+
+    def grad() -> None:
+        param.grad = gradient.clone()
+
+    step_gradient = method.gradient(grad, {"w": param})
+    with torch.no_grad():
+        param.copy_(moved)
+    step_gradient()
+    torch.testing.assert_close(param.grad, gradient + 0.7 * fisher * (moved - start), rtol=0, atol=1e-12)
 
 
 def test_ewc_of_several_tasks_and_its_form_as_a_merge() -> None:

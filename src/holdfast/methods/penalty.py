@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.anchor import Anchor, Snapshot
 from holdfast.method import Context, Grad, Keep, Method
 from holdfast.methods import fisher as information
-from holdfast.tensors import Params, local
+from holdfast.tensors import Params, local, pieces
 
 
 class _Penalty(Method):
@@ -41,13 +41,19 @@ class _Penalty(Method):
             loss = grad()
         if self.weight:
             for name, param in params.items():
-                if param.grad is not None:
-                    difference = local(param) - anchor.local(name, param)
-                    local(param.grad).add_(self._term(name, difference), alpha=self.weight)
+                if param.grad is None:
+                    continue
+                whole = local(param), anchor.local(name, param), local(param.grad), *self._beside(name, param)
+                for theta, start, gradient, *beside in pieces(*whole):
+                    gradient.add_(self._term(theta - start, *beside), alpha=self.weight)
         return loss
 
-    def _term(self, name: str, difference: Tensor) -> Tensor:
-        """The gradient of the penalty with respect to one parameter, for λ = 1; may reuse ``difference``."""
+    def _beside(self, name: str, param: Tensor) -> tuple[Tensor, ...]:
+        """Further tensors of the parameter's shape that the term needs."""
+        return ()
+
+    def _term(self, difference: Tensor, *beside: Tensor) -> Tensor:
+        """The gradient of the penalty, for λ = 1, on a stretch of one parameter; may reuse ``difference``."""
         raise NotImplementedError
 
 
@@ -68,7 +74,7 @@ class L2(_Penalty):
     name: ClassVar[str] = "l2"
     symbols: ClassVar[Mapping[str, str]] = {"weight": "λ"}
 
-    def _term(self, name: str, difference: Tensor) -> Tensor:
+    def _term(self, difference: Tensor, *beside: Tensor) -> Tensor:
         return difference
 
 
@@ -88,7 +94,7 @@ class L1(_Penalty):
     name: ClassVar[str] = "l1"
     symbols: ClassVar[Mapping[str, str]] = {"weight": "λ"}
 
-    def _term(self, name: str, difference: Tensor) -> Tensor:
+    def _term(self, difference: Tensor, *beside: Tensor) -> Tensor:
         return difference.sign_()
 
 
@@ -141,8 +147,11 @@ class EWC(_Penalty):
             )
             self._information = {name: value.cpu() for name, value in found.items()} if self.keep == "cpu" else found
 
-    def _term(self, name: str, difference: Tensor) -> Tensor:
-        return difference.mul_(self._information[name].to(difference.device))
+    def _beside(self, name: str, param: Tensor) -> tuple[Tensor, ...]:
+        return (self._information[name].to(local(param).device),)
+
+    def _term(self, difference: Tensor, *beside: Tensor) -> Tensor:
+        return difference.mul_(beside[0])
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._information)
