@@ -201,12 +201,14 @@ def _result(
     if notice := contamination_notice(selection.account["contamination"]):
         warnings = [*warnings, notice]
 
+    by_label = labelled(request.scored)
+
     def curve(probe: str) -> list[float]:
         """Mean over the benchmarks that are answered by label and have the probe."""
         values = []
         for point in points:
             probes = point["tuned"]["probes"]
-            known = [v for task in labelled(request.scored) if (v := probes[task][probe]) is not None]
+            known = [v for task in by_label if (v := probes[task][probe]) is not None]
             values.append(sum(known) / len(known) if known else math.nan)
         return values
 

@@ -54,6 +54,5 @@ class Room(DynamicLayer):
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self.rows = len(rows)
         self._keys, self._values = self._keys[rows], self._values[rows]
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
