@@ -100,6 +100,25 @@ def test_restoring_as_far_as_it_leaves_the_base_is_pseudo_only_beside_a_control(
     assert (found.verdict, found.reason) == ("pseudo", "restoring brings the score as far as it leaves the base itself")
 
 
+@pytest.mark.parametrize(
+    ("items", "fallen", "lost", "verdict"),
+    [
+        (4000, 2000, 40, "pseudo"),  # 1 of 50 points: below the margin of 2 and far below half of the drop
+        (4000, 2000, 100, "actual"),  # 2.5 of 50 points: as much as matters
+        (4000, 40, 40, "actual"),  # 1 of 1 point: little, but all of the drop
+        (400, 20, 6, "undecided"),  # 1.5 of 5 points, and 3 are not ruled out
+    ],
+)
+def test_a_loss_that_is_shown_must_also_matter(items, fallen, lost, verdict):
+    base, tuned, restored = (np.ones(items) for _ in range(3))
+    tuned[:fallen], restored[:lost] = 0, 0
+    for control in (None, base):
+        found = decompose(base, tuned, restored, control)
+        assert found.knowledge_loss.low > 0
+        assert found.verdict == verdict, str(found)
+        assert (found.items_needed or 0) > items or verdict != "undecided"
+
+
 def test_a_loss_hidden_by_better_format_is_actual_only_with_a_control():
     rng = np.random.default_rng(5)
     base = (rng.random(800) < 0.7).astype(float)

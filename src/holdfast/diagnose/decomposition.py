@@ -72,10 +72,11 @@ def decompose(
     per item, 0/1 or real, in the same order; ``control`` is the base model restored. Intervals come from a paired
     bootstrap; an interval of 0/1 scores leaves out zero only where the exact sign test agrees. Verdicts:
 
-    - ``actual``: a drop, and B-R above 0 (and above what the control lost, where one is given); also without a drop
-      if restoring takes away a gain in format and shows a loss that the control doesn't have;
-    - ``pseudo``: a drop, B-R not above 0 (or no more than what the control lost), and at most half of the drop (or
-      ``margin``) can still be knowledge loss;
+    - ``actual``: a drop, and B-R above 0 (and above what the control lost, where one is given) by something that
+      matters: at least ``margin`` or half of the drop, whichever is less; also without a drop if restoring takes away a
+      gain in format and shows a loss that the control doesn't have;
+    - ``pseudo``: a drop, B-R not above 0 (or by no more than what the control lost, or than what matters), and at most
+      half of the drop (or ``margin``) can still be knowledge loss;
     - ``none``: no drop, and any drop larger than ``margin`` is ruled out;
     - ``undecided``: the items can't tell; ``items_needed`` says how many could.
 
@@ -171,9 +172,15 @@ def judge(found: Mapping[str, Contrast], margin: float) -> tuple[Verdict, str, f
     lost = loss.interval.low > 0
     beyond_control = lost and (excess is None or excess.interval.low > 0)
     if drop.interval.low > 0:
-        if beyond_control:
-            return "actual", "the restored model stays below the base", None
         bound = max(margin, drop.interval.value / 2)
+        if beyond_control:
+            if (excess or loss).interval.value >= min(margin, drop.interval.value / 2):
+                return "actual", "the restored model stays below the base", None
+            if loss.interval.high <= bound:
+                why = f"restoring brings the score back, but for a loss below {100 * margin:g} points"
+                return "pseudo", why, None
+            why = f"the loss shown is below {100 * margin:g} points, but a larger one is not ruled out"
+            return "undecided", why, loss.items_to_bound(bound)
         if loss.interval.high <= bound:
             back = "as far as it leaves the base itself" if lost else "back"
             return "pseudo", f"restoring brings the score {back}", None

@@ -12,6 +12,7 @@ import numpy as np
 from holdfast.merge.numbers import Array
 
 CHUNK = 1 << 17  # numbers worked on at a time: few enough for the cache, enough to make Python's share small
+LINE = 64  # bytes of a cache line
 
 
 class Scratch:
@@ -25,9 +26,20 @@ class Scratch:
         need = size * np.dtype(dtype).itemsize
         held = self._arrays.get(name)
         if held is None or held.nbytes < need:
-            held = self._arrays[name] = np.empty(need, np.uint8)
+            held = self._arrays[name] = _aligned(need)
         view: Array = held[:need].view(dtype)
         return view
+
+
+def _aligned(nbytes: int) -> Array:
+    """Uninitialised bytes that start on a cache line.
+
+    The system's allocator starts long arrays 16 bytes into a page; AMD's Zen processors then copy file pages into them at
+    a fifth of the speed (measured: 1.9 against 10 GB/s from the page cache).
+    """
+    room = np.empty(nbytes + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return room[start : start + nbytes]
 
 
 Job = Callable[[Scratch], None]
