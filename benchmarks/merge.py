@@ -118,14 +118,27 @@ class Run(NamedTuple):
     cpu: float
 
 
-# A child's peak memory starts at that of the process that forked it, so a small process stands in between.
+# A child's peak memory starts at that of the process that forked it, so a small process stands in between. It adds up
+# the resident memory of the child and its children, which counts twice what they share.
 LAUNCHER = """
 import json, os, sys, time
-started = time.perf_counter()
+def resident(process):
+    try:
+        with open(f"/proc/{process}/statm") as file:
+            pages = int(file.read().split()[1])
+        with open(f"/proc/{process}/task/{process}/children") as file:
+            return pages + sum(map(resident, file.read().split()))
+    except OSError:
+        return 0
+started, peak, done = time.perf_counter(), 0, 0
 child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
-_, status, usage = os.wait4(child, 0)
-cpu = usage.ru_utime + usage.ru_stime
-print(json.dumps([time.perf_counter() - started, usage.ru_maxrss / 1e6, cpu, status]))
+while not done:
+    peak = max(peak, resident(child))
+    time.sleep(0.01)
+    done, status, usage = os.wait4(child, os.WNOHANG)
+seconds = time.perf_counter() - started
+memory = max(usage.ru_maxrss * 1024, peak * os.sysconf("SC_PAGE_SIZE"))
+print(json.dumps([seconds, memory / 1e9, usage.ru_utime + usage.ru_stime, status]))
 """
 
 

@@ -23,7 +23,9 @@ from holdfast.merge import (
     wise_ft,
 )
 from holdfast.merge import thresholds as thresholds_module
-from holdfast.merge.numbers import decode, encode
+from holdfast.merge.formulas import combine
+from holdfast.merge.numbers import decode, encode, finite
+from holdfast.merge.scratch import Scratch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 few = settings(max_examples=25, deadline=None)
@@ -233,6 +235,26 @@ def test_bfloat16_rounds_to_nearest_even_from_both_working_types():
     single = torch.randn(10_000).mul(3)
     got = encode(single.numpy().copy(), "BF16", np.empty(10_000, np.uint16))
     assert torch.equal(torch.from_numpy(got.view(np.int16)).view(torch.bfloat16), single.bfloat16())
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (2.0, -1.0), (0.25, 1.0), (0.5, 0.0), (-1.0, 0.0)])
+def test_two_terms_with_powers_of_two_round_once(weights):
+    """The short cut for such weights gives, bit for bit, what float64 sums give that are then rounded to the input."""
+    a, b = (one.numpy() for one in tensors(3, 2, (4096,), torch.float32, step=1e-5))
+    b[:8] = [-a[0] / 2, a[1], -a[2], 3e38, -3e38, 1e-40, 0.0, -0.0]
+    exact = (weights[0] * a.astype(np.float64) + weights[1] * b.astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(combine(weights, [a, b], Scratch()).view(np.int32), (exact + 0.0).view(np.int32))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_finite_sees_every_kind_of_nan_and_infinity(kind):
+    values = np.array([0.0, -0.0, 1e-42, np.finfo(kind).max, np.finfo(kind).min], kind)
+    assert finite(values) and finite(-values) and finite(values[:0])
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        for place in range(5):
+            broken = values.copy()
+            broken[place] = bad
+            assert not finite(broken), (bad, place)
 
 
 def test_mappings_arrays_and_non_floating_tensors():

@@ -16,9 +16,22 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from holdfast.errors import UserError
-from holdfast.merge import StateDict, dare, fisher, linear, merge_checkpoints, slerp, task_arithmetic, ties, wise_ft
+from holdfast.merge import (
+    StateDict,
+    dare,
+    fisher,
+    linear,
+    merge_checkpoints,
+    processes,
+    slerp,
+    task_arithmetic,
+    ties,
+    wise_ft,
+)
 from holdfast.merge import engine as engine_module
 from holdfast.merge import plan as plan_module
+from holdfast.merge import stage as stage_module
+from holdfast.merge.stage import Stage
 
 Tensors = dict[str, torch.Tensor]
 
@@ -382,19 +395,22 @@ def test_a_changed_plan_does_not_continue_the_old_one(trio, tmp_path, monkeypatc
     assert not merge_checkpoints("wise_ft", [b], tmp_path / "out", base).resumed
 
 
-def test_one_merge_at_a_time_writes_a_folder(trio, tmp_path):
-    from holdfast.merge.stage import Stage
-
+def test_one_merge_at_a_time_writes_a_folder(trio, tmp_path, monkeypatch):
     _, a, b = trio
+    monkeypatch.setattr(stage_module, "PATIENCE", 0.1)
     with Stage(tmp_path / "out", "x"), pytest.raises(UserError, match="another merge is writing"):
         merge_checkpoints("linear", [a, b], tmp_path / "out")
 
 
-def test_the_number_of_threads_does_not_change_the_bytes(trio, tmp_path):
+@pytest.mark.parametrize("forks", [False, True])
+def test_the_number_of_workers_does_not_change_the_bytes(trio, tmp_path, monkeypatch, forks):
+    monkeypatch.setattr(processes, "can_fork", lambda: forks)
     base, a, b = trio
     for threads in (1, 4):
         merge_checkpoints("dare", [a, b], tmp_path / str(threads), base, consensus="ties", threads=threads)
     assert same(read(tmp_path / "1"), read(tmp_path / "4"))
+    hashes = [json.loads((tmp_path / n / "merge.json").read_text())["inputs"] for n in "14"]
+    assert hashes[0] == hashes[1]
 
 
 # ---- reader ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import holdfast
 from holdfast.errors import UserError
 from holdfast.merge.compare import Embeddings
-from holdfast.merge.engine import Engine, NonFinite, Output, Progress, StreamNumbers
+from holdfast.merge.engine import Engine, Output, Progress, StreamNumbers
 from holdfast.merge.families import Weights
 from holdfast.merge.formulas import Facts, Formula
 from holdfast.merge.layout import allocate, index
@@ -102,9 +102,8 @@ def finished(out: Path, plan: MergePlan) -> bool:
 def _merge(
     plan: MergePlan, out: Path, allow_nonfinite: bool, overwrite: bool, progress: Progress | None
 ) -> MergeResult:
-    nonfinite = NonFinite(allow_nonfinite)
     kinds = {tensor.name: tensor.dtype for one in plan.shards for tensor in one.tensors}
-    numbers = StreamNumbers(plan.sources, plan.match, kinds, nonfinite)
+    numbers = StreamNumbers(plan.sources, plan.match, kinds, allow_nonfinite)
     with Stage(out, plan.identity) as stage:
         check_disk(out, plan.output_bytes, plan.output_bytes if stage.resumed else 0)
         folders = outputs_of(stage.result, plan)
@@ -115,18 +114,18 @@ def _merge(
             stage.begin()
         outputs = _outputs(plan, folders, numbers)
         engine = Engine(plan.reference, numbers, outputs, plan.shards)
-        hashes = engine.run(stage.done, stage.finish_job, {}, plan.threads, progress)
+        hashes, nonfinite = engine.run(stage.done, stage.finish_job, plan.threads, progress)
         inputs = {str(path): hashes[path] for path in sorted(hashes)}
         for variant in plan.variants:
             copy_companions(folders[variant.label], plan.companions, plan.dtype)
-            record = _record(plan, variant, inputs, nonfinite.found)
+            record = _record(plan, variant, inputs, nonfinite)
             finish_folder(folders[variant.label], record, variant.label or out.name, index(plan.shards))
         if plan.swept:
             write_json(
                 stage.result / "sweep.json", {"plan": plan.identity, "outputs": [v.label for v in plan.variants]}
             )
         stage.publish(overwrite)
-    return MergeResult(out, outputs_of(out, plan), plan, resumed=stage.resumed, nonfinite=nonfinite.found)
+    return MergeResult(out, outputs_of(out, plan), plan, resumed=stage.resumed, nonfinite=nonfinite)
 
 
 def _outputs(plan: MergePlan, folders: Mapping[str, Path], numbers: StreamNumbers) -> list[Output]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,49 +16,46 @@ from holdfast.errors import UserError
 from holdfast.merge.compare import Match
 from holdfast.merge.formulas import Facts, Formula, Place, stretches
 from holdfast.merge.layout import OutTensor, Shard
-from holdfast.merge.numbers import Array, encode, itemsize, storage, working_type
-from holdfast.merge.scratch import CHUNK, Job, Scratch, run_jobs
+from holdfast.merge.numbers import Array, encode, finite, itemsize, storage, working_type
+from holdfast.merge.processes import Task, run_tasks
+from holdfast.merge.scratch import CHUNK, Scratch
 from holdfast.merge.sources import Source
 
 BLOCK = 8 * CHUNK  # numbers of one job: the unit of resuming
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
-@dataclass
-class NonFinite:
-    """NaN and infinite numbers of the inputs: an error, or collected if allowed."""
-
-    allowed: bool
-    found: dict[str, int] = field(default_factory=dict)  # "file: tensor" -> how many
-
-    def check(self, values: Array, where: Path, name: str, start: int) -> None:
-        """Raise (or note) if a stretch that was read holds NaN or inf."""
-        if np.isfinite(values).all():
-            return
-        bad = np.flatnonzero(~np.isfinite(values))
-        if not self.allowed:
-            raise UserError(
-                f"{where}: tensor '{name}' holds NaN or inf ({bad.size} from flat index {start + int(bad[0])} on); "
-                "repair the checkpoint, or pass --allow-nonfinite to merge it as it is."
-            )
-        self.found[f"{where}: {name}"] = self.found.get(f"{where}: {name}", 0) + int(bad.size)
+def check_finite(values: Array, allowed: bool, where: Path, name: str, start: int, scratch: Scratch) -> None:
+    """NaN and inf in a stretch that was read are an error, or are counted in ``scratch.nonfinite`` if allowed."""
+    if finite(values):
+        return
+    bad = np.flatnonzero(~np.isfinite(values))
+    if not allowed:
+        raise UserError(
+            f"{where}: tensor '{name}' holds NaN or inf ({bad.size} from flat index {start + int(bad[0])} on); "
+            "repair the checkpoint, or pass --allow-nonfinite to merge it as it is."
+        )
+    place = f"{where}: {name}"
+    scratch.nonfinite[place] = scratch.nonfinite.get(place, 0) + int(bad.size)
 
 
 class StreamNumbers:
     """The merged part of every tensor of several sources, as a formula reads it."""
 
-    def __init__(self, sources: Sequence[Source], match: Match, kinds: Mapping[str, str], nonfinite: NonFinite) -> None:
+    def __init__(
+        self, sources: Sequence[Source], match: Match, kinds: Mapping[str, str], allow_nonfinite: bool = False
+    ) -> None:
         self.sources, self.match = sources, match
         self.sizes = {name: size for name, size in match.merged.items() if size}
         self._working = {name: working_type(kinds[name]) for name in match.merged}
-        self._nonfinite = nonfinite
+        self._allow_nonfinite = allow_nonfinite
 
     def read(self, which: int, name: str, start: int, stop: int, scratch: Scratch) -> Array:
         source = self.sources[which]
         there = self.match.aliases[which].get(name, name)
         out = scratch.get(f"in{which}", self._working[name], stop - start)
         source.numbers(there, start, stop, out, scratch)
-        self._nonfinite.check(out, source.where, there, start)
+        check_finite(out, self._allow_nonfinite, source.where, there, start, scratch)
         return out
 
     def ahead(self, which: int, name: str, start: int, stop: int) -> None:
@@ -120,52 +118,58 @@ class Engine:
         self._equal = set(numbers.match.equal)
 
     def run(
-        self,
-        done: set[int],
-        finish: Callable[[int], None],
-        hashes: Mapping[Path, str],
-        threads: int,
-        progress: Progress | None,
-    ) -> dict[Path, str]:
-        """Do the jobs not yet done; returns SHA-256 by input file (those in ``hashes`` are taken as known)."""
-        writer, found = Writer(self.outputs), dict(hashes)
-        todo = list(enumerate(blocks(self.shards)))
-        total = sum(self._bytes(block) for _, block in todo)
-        written, lock = sum(self._bytes(block) for i, block in todo if i in done), threading.Lock()
-        remaining = [(i, block) for i, block in todo if i not in done]
+        self, done: set[int], finish: Callable[[int], None], threads: int, progress: Progress | None
+    ) -> tuple[dict[Path, str], dict[str, int]]:
+        """Do the jobs not yet done; returns SHA-256 by input file, and NaN and inf by "file: tensor" where allowed."""
+        writer, hashes, nonfinite = Writer(self.outputs), dict[Path, str](), Counter[str]()
+        every = list(enumerate(blocks(self.shards)))
+        total = sum(self._bytes(block) for _, block in every)
+        written = sum(self._bytes(block) for number, block in every if number in done)
+        remaining = [(number, block) for number, block in every if number not in done]
         lookahead = 2 * threads
 
-        def job(position: int) -> Job:
-            number, block = remaining[position]
+        def merging(position: int) -> Task:
+            _, block = remaining[position]
 
-            def run(scratch: Scratch) -> None:
-                nonlocal written
+            def run(scratch: Scratch) -> dict[str, int]:
                 if position + lookahead < len(remaining):
                     self._ahead(remaining[position + lookahead][1])
+                scratch.nonfinite = {}
                 self._block(block, writer, scratch)
-                finish(number)
-                if progress:
-                    with lock:
-                        written += self._bytes(block)
-                        progress(written, total)
+                return scratch.nonfinite
 
             return run
 
-        jobs = [job(position) for position in range(len(remaining))]
-        run_jobs(self._with_hashing(jobs, found), threads)
-        return found
+        order = self._order(len(remaining))
 
-    def _with_hashing(self, jobs: list[Job], found: dict[Path, str]) -> list[Job]:
-        """Spread the hashing of input files evenly between the merging jobs, so that both find the pages in memory."""
+        def receive(index: int, result: Any) -> None:
+            nonlocal written
+            what = order[index]
+            if isinstance(what, Path):
+                hashes[what] = result
+                return
+            number, block = remaining[what]
+            nonfinite.update(result)
+            finish(number)
+            if progress:
+                written += self._bytes(block)
+                progress(written, total)
+
+        tasks = [hashing(what) if isinstance(what, Path) else merging(what) for what in order]
+        run_tasks(tasks, threads, receive)
+        return hashes, dict(nonfinite)
+
+    def _order(self, merges: int) -> list[int | Path]:
+        """Merging jobs by position, input files to hash spread evenly between them: both find the pages in memory."""
         files = [path for source in dict.fromkeys((self.reference, *self.numbers.sources)) for path in source.files]
-        todo = sorted({path for path in files if path not in found}, key=lambda path: path.name)
-        every = max(1, len(jobs) // max(1, len(todo)))
-        mixed: list[Job] = []
-        for position in range(0, max(len(jobs), 1), every):
+        todo = sorted(set(files), key=lambda path: path.name)
+        every = max(1, merges // max(1, len(todo)))
+        mixed: list[int | Path] = []
+        for position in range(0, max(merges, 1), every):
             if todo:
-                mixed.append(_hash_job(todo.pop(0), found))
-            mixed += jobs[position : position + every]
-        return mixed + [_hash_job(path, found) for path in todo]
+                mixed.append(todo.pop(0))
+            mixed += range(position, min(position + every, merges))
+        return mixed + todo
 
     def _bytes(self, block: Block) -> int:
         return (block.stop - block.start) * itemsize(block.tensor.dtype) * len(self.outputs)
@@ -195,7 +199,7 @@ class Engine:
         for i, output in enumerate(self.outputs):
             values = output.formula.apply(Place(name, start), inputs, output.facts, scratch)
             raw = encode(values, dtype, scratch.get("encoded", storage(dtype), stop - start), carry)
-            if dtype == "F16" and not np.isfinite(raw).all() and not self.numbers._nonfinite.found:
+            if dtype == "F16" and not np.isfinite(raw).all() and not scratch.nonfinite:
                 raise UserError(f"tensor '{name}': the merged numbers are too large for float16; use --dtype float32.")
             writer.write(i, block, start, raw)
 
@@ -221,12 +225,14 @@ class Engine:
             writer.write(i, block, start, raw)
 
 
-def _hash_job(path: Path, found: dict[Path, str]) -> Job:
-    def run(scratch: Scratch) -> None:
+def hashing(path: Path) -> Task:
+    """Task whose result is the file's SHA-256."""
+
+    def run(scratch: Scratch) -> str:
         digest, buffer = hashlib.sha256(), scratch.get("hashed", np.uint8, 1 << 20)
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer.data):
                 digest.update(buffer[:count].data)
-        found[path] = digest.hexdigest()
+        return digest.hexdigest()
 
     return run

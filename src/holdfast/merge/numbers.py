@@ -119,6 +119,14 @@ def _round_to_odd(values: Array) -> Array:
     return near
 
 
+def finite(values: Array) -> bool:
+    """Is every number finite? Without an array for the answers where the bits tell it: they rise with \\|x\\|."""
+    if values.dtype != np.float32:
+        return bool(np.isfinite(values).all())
+    positive, any_sign = values.view(np.int32), values.view(np.uint32)  # as integers: the largest above 0, and below 0
+    return bool(positive.max(initial=0) < 0x7F800000 and any_sign.max(initial=0) < 0xFF800000)
+
+
 def magnitude_bits(values: Array, out: Array) -> Array:
     """Bits of \\|values\\| as float32 in a uint32 array: for floats without sign, bit order is number order."""
     if values.dtype == np.float32:

@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
 
 from holdfast.errors import UserError
 from holdfast.merge.publish import write_json
+
+PATIENCE = 2.0  # seconds: the workers of a merge that was killed hold its lock until they are gone, too
 
 
 def _boot() -> str:
@@ -76,11 +79,16 @@ class Stage:
         import fcntl
 
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise UserError(f"{self.out}: another merge is writing this folder now.") from None
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    os.close(self._lock)
+                    raise UserError(f"{self.out}: another merge is writing this folder now.") from None
+                time.sleep(0.02)
 
     def begin(self) -> None:
         """Every output file has its full length: from here on the journal counts."""
