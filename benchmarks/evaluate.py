@@ -77,12 +77,14 @@ def tasks(data: Path, scale: float) -> dict[str, tuple[str, Pairs, list[int]]]:
     """name -> (request type, arguments, requests of each item). Items are drawn with seed 0."""
     draw = random.Random(0)
 
+    def sample(found: list[Any], count: int) -> list[Any]:
+        return draw.sample(found, min(len(found), max(1, round(count * scale))))
+
     def some(name: str, fmt: Callable[[str, Any], Item], count: int) -> list[Item]:
-        found = rows(data, name)
-        return [fmt(str(k), row) for k, row in enumerate(draw.sample(found, max(1, round(count * scale))))]
+        return [fmt(str(k), row) for k, row in enumerate(sample(rows(data, name), count))]
 
     swag = [hellaswag(str(k), row) for k, row in enumerate(rows(data, "bench/hellaswag_validation.jsonl.gz"))]
-    few = draw.sample(swag, max(1, round(12 * scale)))
+    few = sample(swag, 12)
     shots = ["".join(worked(item) for item in draw.sample(swag, 5)) for _ in few]  # lm-eval draws anew for each item
     dev: dict[str, list[Item]] = {}
     for k, row in enumerate(rows(data, "bench/mmlu_dev.jsonl.gz")):
@@ -95,10 +97,10 @@ def tasks(data: Path, scale: float) -> dict[str, tuple[str, Pairs, list[int]]]:
         head += "".join(worked(item) for item in dev[subject])
         lettered += [
             Item(f"{subject}-{k}", head + item.prompt, item.choices, item.answer)
-            for k, row in enumerate(draw.sample(found, min(len(found), max(1, round(60 * scale)))))
+            for k, row in enumerate(sample(found, 60))
             if (item := mmlu(str(k), row))
         ]
-    documents = draw.sample(rows(data, "text/c4_sample.jsonl.gz"), max(1, round(6 * scale)))
+    documents = sample(rows(data, "text/c4_sample.jsonl.gz"), 6)
     prompts = some("bench/arc_easy_test.jsonl.gz", question, 16)
     found = {
         "hellaswag 0-shot": some("bench/hellaswag_validation.jsonl.gz", hellaswag, 64),

@@ -23,6 +23,7 @@ from transformers import (
 
 from holdfast import lab
 from holdfast.evaluate import EvalTask, Item, PrefixSharingLM, measure, summarize
+from holdfast.evaluate import generate as generate_module
 from holdfast.evaluate.engine import Engine
 from holdfast.evaluate.generate import generate_texts
 from holdfast.evaluate.tree import Question
@@ -126,18 +127,32 @@ def test_long_contexts_are_cut_as_hflm_cuts_them(lab_model: PreTrainedModel, tok
     assert ours.truncated == 3
 
 
-@pytest.mark.parametrize("batch_tokens", [None, 24], ids=["whole prompts", "prompts in pieces"])
+@pytest.mark.parametrize(
+    ("batch_tokens", "small"),
+    [(None, 1 << 30), (24, 1 << 30), (None, 0)],
+    ids=["whole prompts", "prompts in pieces", "one at a time"],
+)
 @pytest.mark.parametrize("name", ["lab", "gpt2", "mistral, window 6"])
 def test_generation_token_for_token(
-    name: str, batch_tokens: int | None, lab_model: PreTrainedModel, tokenizer: Any
+    name: str,
+    batch_tokens: int | None,
+    small: int,
+    lab_model: PreTrainedModel,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(generate_module, "SMALL", small)
     torch.manual_seed(0)
     model = lab_model if name == "lab" else AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer))).eval()
     generator = random.Random(4)
     shots = sentence(generator, 40, 40)
     prompts = [shots + "\n" + sentence(generator, 1, 12) for _ in range(7)]
     prompts += [sentence(generator, 1, 20) for _ in range(9)]
-    outputs = generate_texts(Engine(model, batch_tokens), tokenizer, prompts, max_new_tokens=14, limit=256)
+    batches: list[int] = []
+    outputs = generate_texts(
+        Engine(model, batch_tokens), tokenizer, prompts, max_new_tokens=14, limit=256, on_item=batches.append
+    )
+    assert (max(batches) == 1) == (small == 0)  # a large model makes short texts one at a time on a processor
     for prompt, output in zip(prompts, outputs):
         inputs = tokenizer(prompt, return_tensors="pt")
         made = model.generate(
