@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.diagnose.advice import advice, advise_run, contamination_notice
 from holdfast.diagnose.decomposition import decompose
-from holdfast.diagnose.diagnosis import labelled
+from holdfast.diagnose.diagnosis import at_chance, labelled
 from holdfast.diagnose.samples import decompose_samples, read_samples
 from holdfast.diagnose.timeline import marks
 from holdfast.errors import UserError
@@ -29,6 +29,18 @@ def test_marks_look_at_benchmarks_answered_by_label():
     written = EvalTask("written", "generate", (Item("written/0", "?", (), "gold"),), metric="exact_match")
     assert labelled([words, letters, written]) == ["letters"]
     assert labelled([words, written]) == ["words", "written"]
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "chance", "warned"),
+    [(30, 100, 25.0, True), (40, 100, 25.0, False), (20, 100, 25.0, True), (1, 100, 0.0, False), (0, 0, 25.0, False)],
+)
+def test_a_base_that_guesses_is_warned_of(right, items, chance, warned):
+    task = EvalTask("letters", "choice", (Item("0", "?", (" A", " B", " C", " D"), 0),), chance=chance)
+    notice = at_chance(task, [1.0] * right + [0.0] * (items - right) + [NAN])
+    assert bool(notice) == warned
+    if notice:
+        assert notice.startswith(f"letters: the base scores {right:.1f} % [") and "chance (25 %)" in notice
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from holdfast.diagnose.selection import Selection
 from holdfast.diagnose.timeline import marks
 from holdfast.diagnose.workbench import Subject, Workbench, subject
 from holdfast.errors import UserError
+from holdfast.evaluate.intervals import mean_interval
 from holdfast.files import write_json
 from holdfast.models import source_hash
 
@@ -57,6 +58,7 @@ def diagnose(
     bench = Workbench(out, say, on_item)
     one = _Run(request, selection, bench)
     base, control = one.both(subject(request.base, identities[0], "base"))
+    warnings += [notice for task in request.scored if (notice := at_chance(task, base.column(task.name, "score")))]
     points = []
     for name, source, identity in zip(names, request.checkpoints, identities[1:]):
         who = subject(source, identity, name)
@@ -232,6 +234,20 @@ def _result(
         "advice": advise_run(pooled),
         "warnings": warnings,
     }
+
+
+def at_chance(task: EvalTask, scores: Sequence[float]) -> str | None:
+    """A warning if the base's score is not shown to be above chance; such a benchmark can show no loss."""
+    known = [score for score in scores if not math.isnan(score)]
+    if not known or not task.chance:
+        return None
+    value, low, high = (100 * number for number in mean_interval(known))
+    if low > task.chance:
+        return None
+    return (
+        f"{task.name}: the base scores {value:.1f} % [{low:.1f}, {high:.1f}], not shown to be above chance "
+        f"({task.chance:g} %): it has nothing to lose here, and the pooled numbers only gain noise from it"
+    )
 
 
 def labelled(tasks: Sequence[EvalTask]) -> list[str]:
