@@ -20,7 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.errors import UserError
-from holdfast.merge import StateDict, merge_checkpoints, open_checkpoint
+from holdfast.merge import StateDict, merge_checkpoints, open_checkpoint, processes
 from holdfast.merge.dcp import Piece, _runs
 from holdfast.merge.scratch import Scratch
 
@@ -57,6 +57,12 @@ def adapter(base: Path, out: Path, seed: int, **settings: object) -> dict[str, t
             parameter.data.add_(0.3 * torch.rand_like(parameter))
     model.save_pretrained(out)
     return {n: t.detach().clone() for n, t in model.merge_and_unload().state_dict().items()}
+
+
+@pytest.fixture(autouse=True, params=["threads", "processes"])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every merge here, in both ways of using all cores."""
+    monkeypatch.setattr(processes, "can_fork", lambda: request.param == "processes")
 
 
 @pytest.fixture(scope="module")

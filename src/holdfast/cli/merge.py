@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
         allow_nonfinite: bool = typer.Option(False, help="Merge NaN and inf as they are."),
         overwrite: bool = typer.Option(False, help="Replace an existing output folder."),
         dry_run: bool = typer.Option(False, help="Print plan, memory and disk need; write nothing."),
-        threads: Optional[int] = typer.Option(None, min=1, help="Threads; one more than the cores by default."),  # noqa: UP045
+        threads: Optional[int] = typer.Option(None, min=1, help="Workers; one more than the cores by default."),  # noqa: UP045
     ) -> None:
         from holdfast.merge.checkpoints import merge_checkpoints
 

@@ -59,8 +59,10 @@ def merge_checkpoints(
     ``alpha``, ``t``, ``seed``, ``fisher``, …). ``sweep={"alpha": [0, 0.5, 1]}`` writes one folder per value (or per
     combination) from one pass over the inputs. Memory does not grow with the models: about 0.1 GB. Cost: one read of
     each input (two for TIES, SLERP and pruning), one write per output. The result's dtype is the base's (or the first
-    model's) unless ``dtype`` is given. Killed at any moment, the same call continues and gives the same bytes. Raises
-    ``UserError`` for inputs that don't fit together, hold NaN or inf, or an output that exists (``overwrite=True``).
+    model's) unless ``dtype`` is given. Killed at any moment, the same call continues and gives the same bytes.
+    ``threads`` workers are forked processes on Linux, and threads elsewhere or once torch is loaded. Raises
+    ``UserError`` for inputs that don't fit together, hold NaN or inf, or an output that exists (``overwrite=True``),
+    ``ChildProcessError`` if a worker was killed (what was done is kept).
     """
     started = time.monotonic()
     plan = make_plan(method, models, base, weights, settings, sweep, dtype, allow_missing, embeddings, threads)
