@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from holdfast.cli import main
 from holdfast.cli.merge import parse_sweep
 from holdfast.errors import UserError
+from holdfast.merge import engine, processes
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +158,18 @@ def test_fisher_files_a_fisher_merge_and_a_measured_sweep_of_real_models(folders
     assert len(table) == 4 and (folders / "s" / "pareto.html").exists()
     scores = json.loads((folders / "s" / "sweep.json").read_text())
     assert scores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_killed_worker_is_one_clear_line_and_running_again_finishes(monkeypatch, capsys):
+    for name, value in (("base", 0.0), ("a", 1.0), ("b", 3.0)):
+        save_file({f"w{n}": torch.full((4,), value + n) for n in range(6)}, Path(name) / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "can_fork", lambda: True)
+        patch.setattr(engine, "hashing", lambda path: lambda scratch: os.kill(os.getpid(), signal.SIGKILL))
+        assert main(["merge", "linear", "a", "b", "--out", "o"]) == 2
+    said = capsys.readouterr().err
+    assert "a worker process was killed" in said and "Traceback" not in said
+    assert not Path("o").exists()
+    assert main(["merge", "linear", "a", "b", "--out", "o"]) == 0
+    assert load_file("o/model.safetensors")["w3"].tolist() == [5.0] * 4

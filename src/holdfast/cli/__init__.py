@@ -72,6 +72,8 @@ def main(args: list[str] | None = None) -> int:
         return 130
     except USAGE_ERROR as error:
         return _fail(error.format_message())
+    except ChildProcessError as error:
+        return _fail(str(error))
     except OSError as error:
         if error.errno is None:
             raise
