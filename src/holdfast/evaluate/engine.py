@@ -17,8 +17,8 @@ from holdfast.evaluate.tree import Batch, Question, batches
 CPU_TOKENS = 640  # tokens a forward: more is no faster on two cores and takes more memory (benchmarks/evaluate.py)
 ACCELERATOR_TOKENS = 16384
 CACHED_TOKENS = 16  # cached tokens (trunk and rows) of one forward, in units of batch_tokens
-HEAD_ROWS = 256  # positions whose log-softmax is made at once
-HEAD_VALUES = 1 << 27  # values of float32 logits a forward may make (512 MiB)
+CPU_HEAD_ROWS, HEAD_ROWS = 64, 256  # positions whose log-softmax is made at once
+CPU_HEAD_VALUES, HEAD_VALUES = 1 << 22, 1 << 27  # float32 logits of a forward of several rows (16 and 512 MiB)
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Engine:
         self.batch_tokens = batch_tokens or (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS)
         self.max_rows = max_rows
         self.trunk_cost = 64 if device.type == "cpu" else 1024
+        self.head_rows = CPU_HEAD_ROWS if device.type == "cpu" else HEAD_ROWS
+        self.head_values = CPU_HEAD_VALUES if device.type == "cpu" else HEAD_VALUES
         self._checked = False
 
     def check(self) -> None:
@@ -101,7 +103,7 @@ class Engine:
                 cost=self.trunk_cost,
                 memory=CACHED_TOKENS * self.batch_tokens,
                 most=self.max_rows,
-                heads=HEAD_VALUES // vocabulary,
+                heads=self.head_values // vocabulary,
             )
             scores = self._score(questions, plan, share=share, on_item=on_item)
             if finish:
@@ -172,7 +174,7 @@ class Engine:
         logits, _ = self.forward(need=torch.from_numpy(need).to(device), input_ids=ids, attention_mask=mask, **inputs)
         first = [int(np.searchsorted(need, row.context_node + index * width)) for index, row in enumerate(rows)]
         probes = _probe(logits[first], [questions[row.question].labels for row in rows])
-        logprobs, hits = _logprobs(logits, torch.from_numpy(which).to(device), targets)
+        logprobs, hits = _logprobs(logits, torch.from_numpy(which).to(device), targets, self.head_rows)
         start = 0
         for row, pairs, (entropy, mass) in zip(rows, flat, probes):
             score = scores[row.question]
@@ -204,21 +206,21 @@ def _visible(end: Tensor, trunk: int) -> Tensor:
     return torch.cat([torch.ones(*end.shape, trunk, dtype=torch.bool, device=end.device), visible], dim=2)
 
 
-def _logprobs(logits: Tensor, which: Tensor, targets: Tensor) -> tuple[list[float], list[int]]:
-    """log-softmax at the targets and whether each is the argmax, a block of rows at a time to save memory.
+def _logprobs(logits: Tensor, which: Tensor, targets: Tensor, rows: int) -> tuple[list[float], list[int]]:
+    """log-softmax at the targets and whether each is the argmax, ``rows`` positions at a time to save memory.
 
     torch.log_softmax on purpose: on the CPU its float32 sum is off by about 1e-5 a token, and lm-eval's numbers with
     it; a better sum would differ from lm-eval's by 1e-4 within ten tokens.
     """
     logprobs, hits = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.long)
-    for start in range(0, len(logits), HEAD_ROWS):
-        block = logits[start : start + HEAD_ROWS]
-        inside = ((which >= start) & (which < start + HEAD_ROWS)).nonzero()[:, 0]
-        rows, wanted = which[inside] - start, targets[inside]
-        found = torch.log_softmax(block, dim=-1)[rows, wanted]
+    for start in range(0, len(logits), rows):
+        block = logits[start : start + rows]
+        inside = ((which >= start) & (which < start + rows)).nonzero()[:, 0]
+        here, wanted = which[inside] - start, targets[inside]
+        found = torch.log_softmax(block, dim=-1)[here, wanted]
         inside = inside.cpu()
         logprobs[inside] = found.cpu()
-        hits[inside] = (block.argmax(dim=-1)[rows] == wanted).long().cpu()
+        hits[inside] = (block.argmax(dim=-1)[here] == wanted).long().cpu()
     return logprobs.double().tolist(), hits.tolist()
 
 
