@@ -180,8 +180,12 @@ def print_chain(result: dict[str, Any]) -> None:
         probes = (tuned["probes"][task] for task in tasks)
         said = "; ".join(f"{probe['label_mass']:.3f}, {probe['choice_entropy']:.3f}" for probe in probes)
         perplexity = f"{tuned['perplexity']:.2f} | {point['restored']['perplexity']:.2f}"
-        print(f"| {point['name']} | {' | '.join(parts)} | {perplexity} | {tuned['memorization']:.3f} | {said} |")
-    print(json.dumps(result["marks"]), result["advice"])
+        memorized = "" if tuned["memorization"] is None else f"{tuned['memorization']:.3f}"
+        print(f"| {point['name']} | {' | '.join(parts)} | {perplexity} | {memorized} | {said} |")
+        for task, one in point.get("decomposition", {}).items():
+            parts = (f"{part} {points(one[part])}" for part in ("drop", "pattern_shift", "knowledge_loss", "control"))
+            print(f"    {task}: {one['verdict']}: {', '.join(parts)}")
+    print(json.dumps(result["marks"]), result["advice"], result["warnings"])
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """The diagnosis on a real model: SmolLM2-135M tuned on Alpaca, WikiText to restore with, ARC-easy and MMLU to ask.
 
     python benchmarks/diagnose_smollm2.py --model smollm2-135m --data DATA --out DIR
+    python benchmarks/diagnose_smollm2.py --model smollm2-135m --data DATA --out DIR --tuned FOLDER --tokens 14000
+
+The second form tunes nothing: it diagnoses a checkpoint that is there, restored with so many tokens.
 
 DATA holds instruct/alpaca_5k.jsonl.gz, text/wikitext2_train_part.txt.gz, bench/arc_easy_test.jsonl.gz and
 bench/mmlu_test.jsonl.gz. ARC-easy is scored by the answers' text, MMLU by the letters A to D without examples, so that
@@ -52,6 +55,24 @@ def sample(file: Path, count: int, seed: int, longest: int = 600) -> list[dict[s
     return random.Random(seed).sample(rows, count)
 
 
+def tune_on_alpaca(options: argparse.Namespace, precision: dict[str, bool]) -> tuple[Any, list[Path]]:
+    """The tuning data and the checkpoints that are kept."""
+    data = read_examples(options.data / "instruct/alpaca_5k.jsonl.gz").shuffle(seed=options.seed)
+    data = data.filter(lambda row: len(row["prompt"]) + len(row["completion"]) < 700).select(range(options.rows))
+    folders = tune(
+        options.model,
+        data,
+        options.out / "run",
+        epochs=options.epochs,
+        learning_rate=options.lr,
+        batch_size=8,
+        seed=options.seed,
+        keep=options.keep,
+        settings=precision,
+    )
+    return data, folders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -66,33 +87,26 @@ def main() -> None:
     parser.add_argument("--mmlu", type=int, default=150)
     parser.add_argument("--passages", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tuned", type=Path, nargs="+", help="checkpoints to diagnose instead of tuning")
+    parser.add_argument("--tokens", type=int, help="tokens to restore with; needed with --tuned")
     options = parser.parse_args()
     start = time.time()
     cuda = torch.cuda.is_available()
     precision = {"bf16": cuda, "use_cpu": not cuda}  # bf16 autocast is many times slower on processors without bf16
-    data = read_examples(options.data / "instruct/alpaca_5k.jsonl.gz").shuffle(seed=options.seed)
-    data = data.filter(lambda row: len(row["prompt"]) + len(row["completion"]) < 700).select(range(options.rows))
-    folders = tune(
-        options.model,
-        data,
-        options.out / "run",
-        epochs=options.epochs,
-        learning_rate=options.lr,
-        batch_size=8,
-        seed=options.seed,
-        keep=options.keep,
-        settings=precision,
-    )
-    print(f"tuned: {time.time() - start:.0f} s", flush=True)
+    data, folders = None, options.tuned
+    if not folders:
+        data, folders = tune_on_alpaca(options, precision)
+        print(f"tuned: {time.time() - start:.0f} s", flush=True)
+    tasks = [arc(sample(options.data / "bench/arc_easy_test.jsonl.gz", options.arc, options.seed))]
+    if options.mmlu:
+        tasks.append(mmlu(sample(options.data / "bench/mmlu_test.jsonl.gz", options.mmlu, options.seed, longest=250)))
     request = Request(
         base=options.model,
         checkpoints=tuple(str(folder) for folder in folders),
         corpus=str(options.data / "text/wikitext2_train_part.txt.gz"),
-        tasks=(
-            arc(sample(options.data / "bench/arc_easy_test.jsonl.gz", options.arc, options.seed)),
-            mmlu(sample(options.data / "bench/mmlu_test.jsonl.gz", options.mmlu, options.seed, longest=250)),
-        ),
+        tasks=tuple(tasks),
         tuning=data,
+        tokens=options.tokens,
         passages=options.passages,
         passage_words=100,
         max_tokens=256,
