@@ -57,7 +57,7 @@ def merge_checkpoints(
 
     The formulas are those of ``holdfast.merge.METHODS``; ``settings`` are the method's own (``density``, ``scope``,
     ``alpha``, ``t``, ``seed``, ``fisher``, …). ``sweep={"alpha": [0, 0.5, 1]}`` writes one folder per value (or per
-    combination) from one pass over the inputs. Memory does not grow with the models: about 0.1 GB. Cost: one read of
+    combination) from one pass over the inputs. Memory does not grow with the models: 0.1 to 0.3 GB. Cost: one read of
     each input (two for TIES, SLERP and pruning), one write per output. The result's dtype is the base's (or the first
     model's) unless ``dtype`` is given. Killed at any moment, the same call continues and gives the same bytes.
     ``threads`` workers are forked processes on Linux, and threads elsewhere or once torch is loaded. Raises
