@@ -117,6 +117,8 @@ def test_a_loss_that_is_shown_must_also_matter(items, fallen, lost, verdict):
         assert found.knowledge_loss.low > 0
         assert found.verdict == verdict, str(found)
         assert (found.items_needed or 0) > items or verdict != "undecided"
+        assert verdict == "actual" or "a loss below 2.0 points" in found.reason
+        assert ("beyond the control's" in found.reason) == (verdict != "actual" and control is not None)
 
 
 def test_a_loss_hidden_by_better_format_is_actual_only_with_a_control():

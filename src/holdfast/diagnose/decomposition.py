@@ -172,15 +172,16 @@ def judge(found: Mapping[str, Contrast], margin: float) -> tuple[Verdict, str, f
     lost = loss.interval.low > 0
     beyond_control = lost and (excess is None or excess.interval.low > 0)
     if drop.interval.low > 0:
-        bound = max(margin, drop.interval.value / 2)
-        if beyond_control:
-            if (excess or loss).interval.value >= min(margin, drop.interval.value / 2):
-                return "actual", "the restored model stays below the base", None
-            if loss.interval.high <= bound:
-                why = f"restoring brings the score back, but for a loss below {100 * margin:g} points"
-                return "pseudo", why, None
-            why = f"the loss shown is below {100 * margin:g} points, but a larger one is not ruled out"
+        half = drop.interval.value / 2
+        if beyond_control and (excess or loss).interval.value >= min(margin, half):
+            return "actual", "the restored model stays below the base", None
+        bound = max(margin, half)
+        little = f"below {100 * min(margin, half):.1f} points" + (" beyond the control's" if excess else "")
+        if beyond_control and loss.interval.high > bound:
+            why = f"a loss {little} is shown, but a larger one is not ruled out"
             return "undecided", why, loss.items_to_bound(bound)
+        if beyond_control:
+            return "pseudo", f"restoring brings the score back but for a loss {little}", None
         if loss.interval.high <= bound:
             back = "as far as it leaves the base itself" if lost else "back"
             return "pseudo", f"restoring brings the score {back}", None
