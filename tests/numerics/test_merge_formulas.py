@@ -25,7 +25,7 @@ from holdfast.merge import (
 from holdfast.merge import thresholds as thresholds_module
 from holdfast.merge.formulas import combine
 from holdfast.merge.numbers import decode, encode, finite
-from holdfast.merge.scratch import Scratch
+from holdfast.merge.scratch import LINE, Scratch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 few = settings(max_examples=25, deadline=None)
@@ -238,12 +238,23 @@ def test_bfloat16_rounds_to_nearest_even_from_both_working_types():
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (2.0, -1.0), (0.25, 1.0), (0.5, 0.0), (-1.0, 0.0)])
+@pytest.mark.filterwarnings("error")
 def test_two_terms_with_powers_of_two_round_once(weights):
     """The short cut for such weights gives, bit for bit, what float64 sums give that are then rounded to the input."""
     a, b = (one.numpy() for one in tensors(3, 2, (4096,), torch.float32, step=1e-5))
     b[:8] = [-a[0] / 2, a[1], -a[2], 3e38, -3e38, 1e-40, 0.0, -0.0]
-    exact = (weights[0] * a.astype(np.float64) + weights[1] * b.astype(np.float64)).astype(np.float32)
+    a[3:5] = 3e38  # twice this is infinite in float32, but 2a - b and (a + b)/2 are not
+    with np.errstate(over="ignore"):
+        exact = (weights[0] * a.astype(np.float64) + weights[1] * b.astype(np.float64)).astype(np.float32)
     np.testing.assert_array_equal(combine(weights, [a, b], Scratch()).view(np.int32), (exact + 0.0).view(np.int32))
+
+
+@pytest.mark.parametrize("size", [3, 1 << 10, 1 << 17, 1 << 21])
+def test_buffers_start_on_a_cache_line(size):
+    scratch = Scratch()
+    for name in "abcd":
+        array = scratch.get(name, np.uint16, size)
+        assert array.size == size and array.ctypes.data % LINE == 0
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

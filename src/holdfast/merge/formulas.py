@@ -66,8 +66,9 @@ def stretches(size: int, length: int) -> Iterator[tuple[int, int]]:
 def combine(weights: Sequence[float], inputs: Sequence[Array | None], scratch: Scratch) -> Array:
     """Sum of wᵢ·xᵢ; an input of weight zero is not touched, so weights (1, 0) give the first back bit for bit.
 
-    Sums in float64 whatever the inputs are, so that terms which nearly cancel leave the right number. Two terms whose
-    weights are powers of two (a plain mean, a difference) are exact in any precision; they are rounded once, as stored.
+    Sums in float64 whatever the inputs are, so that terms which nearly cancel leave the right number. Two terms
+    with weights of ±1 or ±1/2 (a plain mean, a sum, a difference) need it not: in their own precision only the sum is
+    rounded, once.
     """
     chosen = [(weight, values) for weight, values in zip(weights, inputs) if weight != 0 and values is not None]
     if not chosen:
@@ -76,17 +77,17 @@ def combine(weights: Sequence[float], inputs: Sequence[Array | None], scratch: S
         zeros[...] = 0
         return zeros
     (weight, values), *others = chosen
-    exact = len(chosen) <= 2 and all(math.frexp(abs(weight))[0] == 0.5 for weight, _ in chosen)
+    exact = len(chosen) <= 2 and all(abs(weight) in (0.5, 1) for weight, _ in chosen)
     kind = values.dtype if exact else np.dtype(np.float64)
     total = scratch.get("total", kind, values.size)
-    np.multiply(values, kind.type(weight), out=total, dtype=kind)
-    for weight, more in others:
-        term = scratch.get("term", kind, values.size)
-        np.add(total, np.multiply(more, kind.type(weight), out=term, dtype=kind), out=total)
-    if values.dtype == kind:
-        return total
-    rounded = scratch.get("rounded", values.dtype, values.size)
     with np.errstate(over="ignore"):
+        np.multiply(values, kind.type(weight), out=total, dtype=kind)
+        for weight, more in others:
+            term = scratch.get("term", kind, values.size)
+            np.add(total, np.multiply(more, kind.type(weight), out=term, dtype=kind), out=total)
+        if values.dtype == kind:
+            return total
+        rounded = scratch.get("rounded", values.dtype, values.size)
         np.copyto(rounded, total, casting="same_kind")
     return rounded
 
