@@ -286,3 +286,11 @@ def test_sliding_windows_predict_every_token_once_with_more_context(lab_model: P
     disjoint, sliding = measure(lab_model, tokenizer, [text]), measure(lab_model, tokenizer, [text], stride=32)
     assert disjoint["weight"][0] == sliding["weight"][0] == len(tokenizer(text.items[0].prompt)["input_ids"])
     assert disjoint["score"][0] != sliding["score"][0]
+
+
+def test_fewer_logits_at_once_change_nothing(lab_model: PreTrainedModel) -> None:
+    asked = [Question((5, 6, 7 + n), ((8, 9, 10, 11 + n), (12, 13), (14 + n, 15, 16))) for n in range(9)]
+    plain, frugal = Engine(lab_model), Engine(lab_model)
+    frugal.head_rows, frugal.head_values = 3, 1
+    for a, b in zip(plain.score(asked), frugal.score(asked), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5) and a.hits == b.hits

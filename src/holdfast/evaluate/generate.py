@@ -20,9 +20,7 @@ from holdfast.evaluate.room import Room
 from holdfast.evaluate.tree import trunks
 
 MAX_ROWS, CPU_ROWS = 64, 16  # decoded together; a processor is saturated at sixteen
-CPU_ALONE = (
-    32  # new tokens: up to here a processor gains 4 % from sixteen rows (135M parameters), at ten times the memory
-)
+CPU_ALONE = 32  # new tokens up to which sixteen rows gain a processor 4 % (135M parameters), at ten times the memory
 SMALL = 64 << 20  # bytes of weights: below, a step is mostly overhead, which rows share
 KEEP = 0.75  # share of unfinished rows below which the batch is compacted
 
