@@ -262,6 +262,33 @@ def test_second_pass_not_finite_skips_the_step_and_counts_it_and_warns_once() ->
     assert all(param.grad is None for param in problem.params.values())
 
 
+def test_one_micro_batch_not_finite_skips_the_whole_window_and_counts_it_once() -> None:
+    problem = quadratic()
+    before, calls = problem.flat(), [0]
+    logged: dict[str, list[float]] = {}
+
+    class Parts:
+        """Three micro-batches; the second pass of the first one is not finite."""
+
+        def __call__(self) -> Tensor:
+            raise AssertionError("micro-batches one by one")
+
+        def parts(self) -> list[Callable[[], Tensor]]:
+            return [self._part] * 3
+
+        def _part(self) -> Tensor:
+            calls[0] += 1
+            return problem.grad() * (float("nan") if calls[0] == 2 else 1.0)
+
+    method = SAM(rho=0.5, group="micro")
+    method.begin(Context(problem.params, log=lambda name, value: logged.setdefault(name, []).append(value)))
+    with pytest.warns(UserWarning, match="skipped"):
+        method.gradient(Parts(), problem.params)()
+    assert method.skipped == 1 and logged["skipped"] == [1.0]
+    assert torch.equal(problem.flat(), before)
+    assert all(param.grad is None for param in problem.params.values())
+
+
 def test_bf16_weights_are_refused_and_stochastic_rounding_is_unbiased() -> None:
     param = nn.Parameter(torch.full((20_000,), 1.0, dtype=torch.bfloat16))
     with pytest.raises(UserError, match="bfloat16"):

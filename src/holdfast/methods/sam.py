@@ -83,6 +83,7 @@ class SAM(Method):
             raise UserError(f"sam: scope '{self.scope}' is no regular expression: {error}.") from error
         self.steps = 0  # windows seen
         self.skipped = 0  # windows without an update because a pass was not finite
+        self._usable = True  # every pass of this window so far was finite
         self._context = Context({})
         self._sharp: dict[str, Tensor] = {}  # LookSAM's g_v, local parts
         self._masks: dict[str, Tensor] = {}
@@ -122,9 +123,13 @@ class SAM(Method):
             if self.reuse:
                 self._add_sharp(inside)
             return loss
-        if self.group == "micro":
-            return self._per_micro_batch(grad, params, inside, turn)
-        return self._sharp_gradient(grad, params, inside, turn)
+        self._usable = True
+        run = self._per_micro_batch if self.group == "micro" else self._sharp_gradient
+        loss = run(grad, params, inside, turn)
+        self._context.log("skipped", float(not self._usable))
+        if not self._usable:
+            self._skip(params)
+        return loss
 
     def _per_micro_batch(self, grad: Any, params: Params, inside: Params, turn: int) -> Tensor | None:
         """Sum of the micro-batches' gradients, each at its own worst point."""
@@ -148,7 +153,7 @@ class SAM(Method):
         plain = copies(gradients(moved.values())) if self.reuse else []
         length = self._direction(moved, turn)
         if not _finite(before) or not bool(torch.isfinite(length)):
-            self._skip(params)
+            self._usable = False
             return before
         saved = copies(moved.values())
         try:
@@ -157,11 +162,10 @@ class SAM(Method):
         finally:
             restore(moved.values(), saved)
         if not _finite(after):
-            self._skip(params)
+            self._usable = False
             return before
         if before is not None and after is not None:
             self._context.log("sharpness", float(after - before))
-        self._context.log("skipped", 0.0)
         if self.reuse:
             self._remember_sharp(moved, plain)
         return before
@@ -204,7 +208,7 @@ class SAM(Method):
             self._context.log("relative_rho", self.rho / max(float(norm(saved, like=weights)), 1e-30))
 
     def _skip(self, params: Params) -> None:
-        """A pass was not finite: no update, the step is counted."""
+        """A pass was not finite: no update from any part of the window, the step is counted."""
         if not self.skipped:
             warnings.warn(
                 "sam: a loss or gradient was not finite; the step is skipped and counted (holdfast/sam/skipped). "
@@ -212,7 +216,6 @@ class SAM(Method):
                 stacklevel=2,
             )
         self.skipped += 1
-        self._context.log("skipped", 1.0)
         for param in params.values():
             param.grad = None
 
