@@ -3,7 +3,8 @@
     holdfast run lab-methods --out RUN
     python benchmarks/method_rows.py RUN/study.json            # fills the pages, prints the whole table
 
-A page gets the arms that use its method, below plain sequential tuning: mean over seeds and, in brackets, the range.
+A page gets the arms that use its method, merge or (peft.md) tuner, below plain sequential tuning: mean over seeds and,
+in brackets, the range.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from holdfast.merge.families import resolve
 from holdfast.results import Results
 
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
@@ -44,6 +47,15 @@ def table(results: Results, chosen: list[str]) -> str:
     return "\n".join(lines)
 
 
+def used(arm: dict[str, Any]) -> list[str]:
+    """What an arm shows: its methods, its merge (Fisher merging is on the page of the method) and PEFT's tuners."""
+    names = [next(iter(method)) for method in arm.get("methods") or []]
+    if arm.get("merge"):
+        merge, _ = resolve(arm["merge"]["method"], {})
+        names.append("fisher_merge" if merge == "fisher" else merge)
+    return [*names, "peft"] if arm.get("peft") else names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -56,8 +68,7 @@ def main() -> None:
         match = re.search(r"<!-- lab-row: (\w+) -->\n.*?<!-- /lab-row -->", text, re.DOTALL)
         if match is None:
             continue
-        used = {arm: [next(iter(m)) for m in data["arms"][arm].get("methods") or []] for arm in results.arms}
-        arms = [arm for arm, names in used.items() if match[1] in names]
+        arms = [arm for arm in results.arms if match[1] in used(data["arms"][arm])]
         if not arms:
             print(f"{page.name}: no arm uses {match[1]}")
             continue

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, CLIPTextConfig, CLIPTextModel
 
 from holdfast.errors import UserError
-from holdfast.models import load_model, load_tokenizer, save_model, source_hash
+from holdfast.models import load_model, load_tokenizer, on_device, save_model, source_hash
 
 
 def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -265,3 +265,16 @@ def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"a\.gguf: reading GGUF files needs the package 'gguf': pip install"):
         load_model(tmp_path / "a.gguf")
+
+
+def test_a_model_is_moved_to_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        def to(self, device: str) -> str:
+            return f"on {device}"
+
+    model: Any = Model()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert on_device(model) is model
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    moved: Any = on_device(model)
+    assert moved == "on cuda"

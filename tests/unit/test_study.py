@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import yaml
 
 from holdfast.errors import UserError
-from holdfast.recipe import load_recipe
+from holdfast.recipe import MergeSpec, load_recipe
 from holdfast.study import Study, prepare
+from holdfast.study.merging import merge_content
 from holdfast.study.plan import Step
 
 Recipe = Callable[..., dict[str, Any]]
@@ -58,6 +60,13 @@ class TestPlan:
         arms = tiny_recipe()["arms"]
         merged = {"ta": "independent", "ties": {"train": "independent", "merge": {"method": "ties", "density": 0.2}}}
         assert len(trainings(tiny_recipe(arms={**arms, **merged}))) == 7
+
+    def test_a_merge_of_some_models_takes_their_weights_and_dare_the_studys_seed(self) -> None:
+        weighted = MergeSpec(method="task_arithmetic", settings={"weights": [1.0, 0.5, 0.25]})
+        assert merge_content(weighted, 2, 3, seed=7)["settings"] == {"weights": [1.0, 0.5]}
+        assert merge_content(MergeSpec(method="dare_ties"), 2, 3, seed=7)["settings"] == {"seed": 7}
+        fixed = MergeSpec(method="dare", settings={"seed": 1})
+        assert merge_content(fixed, 2, 3, seed=7)["settings"] == {"seed": 1}
 
     def test_a_default_written_out_is_the_same_step(self, tiny_recipe: Recipe) -> None:
         short = trainings(tiny_recipe(arms={"sfa": [{"sfa": {"p": 0.25}}]}))
@@ -282,3 +291,62 @@ class TestRun:
             first, second = (trained[data[task]["hash"]][name] - base[name] for task in ("echo", "flip"))
             np.testing.assert_allclose(value, base[name] + first + 0.5 * second, rtol=0, atol=1e-6)
         assert list(study.matrix("ta", 0).index) == ["echo", "flip"]
+
+    def test_every_checkpoint_is_measured_on_the_gpu_where_there_is_one(
+        self, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moved: list[Any] = []
+        monkeypatch.setattr("holdfast.models.on_device", lambda model: moved.append(model) or model)
+        Study.run(tiny_recipe(arms={"sequential": []}), out=tmp_path)
+        assert len(moved) == 3  # the base, after echo, after flip
+
+    def test_fisher_merging_of_independent_arms_weighs_each_model_by_its_own_tasks_fisher(
+        self, tiny_recipe: Recipe, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import load_file
+
+        from holdfast.merge import compute_fisher
+        from holdfast.models import load_model
+
+        arms = {"fisher": {"train": "independent", "merge": {"method": "fisher", "samples": 3, "weights": [1.0, 0.5]}}}
+        recipe = tiny_recipe(arms=arms)
+        Study.run(recipe, out=tmp_path / "run")
+        tasks = {task.train_hash: task for task in prepare(load_recipe(recipe)).tasks}
+        steps = tmp_path / "run" / "steps"
+        models, fishers = {}, {}
+        for folder in steps.glob("train-*"):
+            task = tasks[json.loads((folder / "step.json").read_text())["content"]["data"][0]]
+            model, tokenizer = load_model(folder / "model", dtype="float32")
+            models[task.name] = load_file(folder / "model" / "model.safetensors")
+            fishers[task.name] = compute_fisher(model, tokenizer, task.train, samples=3, max_length=32)
+        merged = load_file(next(steps.glob("merge-*")) / "model" / "model.safetensors")
+        for name, value in merged.items():
+            first, second = fishers["echo"][name].double(), 0.5 * fishers["flip"][name].double()
+            mean = (models["echo"][name].double() + 0.5 * models["flip"][name].double()) / 1.5
+            total = first + second
+            expected = (first * models["echo"][name] + second * models["flip"][name]) / total.where(total > 0, 1)
+            np.testing.assert_allclose(value, expected.where(total > 0, mean), rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize(
+        ("merge", "message"),
+        [
+            ("tiess", "merge: there is no merge method 'tiess'. Did you mean 'ties'?"),
+            (
+                {"method": "ties", "densty": 0.2},
+                "merge: method 'ties' has no setting 'densty'. Did you mean 'density'?",
+            ),
+            ({"method": "ties", "density": 2}, "merge: density must be above 0 and at most 1, not 2.0."),
+            ({"method": "ties", "weights": [1, 1, 1]}, "merge: 3 weights for 2 tasks: give one weight a task."),
+            ("wise_ft", "merge: method 'wise_ft' takes 1 model, not 2."),
+            ({"method": "fisher", "sample": 3}, "'sample' in a study. Did you mean 'samples'?"),
+            ({"method": "fisher", "samples": 0}, "samples must be a whole number of at least 1, not 0."),
+            ({"method": "fisher", "kind": "tru"}, "kind 'tru' is unknown. Did you mean 'true'?"),
+        ],
+    )
+    def test_a_merge_that_would_be_refused_is_refused_before_any_training(
+        self, tiny_recipe: Recipe, tmp_path: Path, merge: Any, message: str
+    ) -> None:
+        arms = {"merged": {"train": "independent", "merge": merge}}
+        with pytest.raises(UserError, match=re.escape(message)):
+            Study.run(tiny_recipe(arms=arms), out=tmp_path)
+        assert not list((tmp_path / "steps").glob("*"))

@@ -31,9 +31,10 @@ def register(app: typer.Typer) -> None:
         if kind not in KINDS:
             raise UserError(f"--kind '{kind}' is unknown; valid: {', '.join(KINDS)}.")
         examples = read(data, prompt, completion)
-        from holdfast.models import load_model
+        from holdfast.models import load_model, on_device
 
         loaded, tokenizer = load_model(model)
+        loaded = on_device(loaded)
         values = compute_fisher(
             loaded, tokenizer, examples, kind=kind, samples=samples, batch=batch, max_length=max_length, seed=seed,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -10,10 +10,9 @@ from holdfast.diagnose.compatible import check_checkpoints
 from holdfast.diagnose.ranking import PerplexityScorer, perplexity
 from holdfast.diagnose.request import Text, choose_text
 from holdfast.diagnose.restoring import RestoreSettings, restore
-from holdfast.diagnose.workbench import on_device
 from holdfast.errors import UserError
 from holdfast.files import write_json
-from holdfast.models import load_model, save_model, source_hash
+from holdfast.models import load_model, on_device, save_model, source_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset

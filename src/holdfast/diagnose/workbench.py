@@ -13,7 +13,7 @@ from holdfast.diagnose.memorization import exact_memorization
 from holdfast.diagnose.ranking import PerplexityScorer, perplexity
 from holdfast.diagnose.restoring import RestoreSettings, restore
 from holdfast.files import digest, write_json
-from holdfast.models import load_model, save_model
+from holdfast.models import load_model, on_device, save_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,13 +53,6 @@ def subject(source: str, identity: str, name: str) -> Subject:
         return on_device(model), tokenizer
 
     return Subject(name, identity, load)
-
-
-def on_device(model: Any) -> Any:
-    """The model, on the GPU where there is one."""
-    import torch
-
-    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 class Workbench:

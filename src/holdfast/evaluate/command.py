@@ -58,16 +58,13 @@ class Request:
 
 def evaluate(source: str, request: Request, say: Say) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Load a model, score the panel (what the cache has is read back), and say what was measured with what."""
-    from holdfast.models import load_model, source_hash
+    from holdfast.models import load_model, on_device, source_hash
 
     built = request.built(say)
     weights = source_hash(source)
     say(f"loading {source}")
     model, tokenizer = load_model(source, dtype=request.dtype)
-    import torch
-
-    if torch.cuda.is_available():
-        model = model.to("cuda")  # type: ignore[arg-type]
+    model = on_device(model)
     say(f"scoring {sum(len(task.items) for task in built.tasks):,} items of {len(built.tasks)} tasks")
     items = cached_measure(
         model,

@@ -128,9 +128,10 @@ def measure(asked: Request, on_point: OnPoint = None) -> Result:
     """
     asked.check()
     from holdfast.landscape.objective import token_loss
-    from holdfast.models import load_model
+    from holdfast.models import load_model, on_device
 
     model, tokenizer = load_model(asked.model)
+    model = on_device(model)
     objective = token_loss(
         _examples(asked), tokenizer, examples=asked.examples, max_length=asked.max_length, seed=asked.seed,
         compute=asked.compute,

@@ -131,7 +131,7 @@ def make_plan(
     base = None if base is None else _place(base)
     if name == "slerp" and base is not None and len(models) == 1:
         models = [base, *models]
-    _check_arguments(name, family, models, base, weights, embeddings)
+    _check_arguments(name, family, len(models), base is not None, weights, embeddings)
     target = None if dtype is None else parse_dtype(dtype)
     variants = _variants(method, len(models), weights, settings, sweep or {})
     opened, root = _open(models, base)
@@ -161,6 +161,14 @@ def make_plan(
     )  # fmt: skip
 
 
+def check_method(method: str, models: int, weights: Weights, settings: Mapping[str, Any]) -> str:
+    """The canonical name of a merge of so many models and a base; what is wrong with it raises ``UserError`` now."""
+    name, _ = resolve(method, settings)
+    _check_arguments(name, METHODS[name], models, True, weights, "error")
+    _variants(method, models, weights, settings, {})
+    return name
+
+
 def _place(model: PathLike) -> PathLike:
     """A path as it is; ``lab`` and the names of fetched models are turned into their folders."""
     if Path(model).exists():
@@ -171,14 +179,12 @@ def _place(model: PathLike) -> PathLike:
     return found.at if found.kind == "folder" else model
 
 
-def _check_arguments(
-    name: str, family: Family, models: Sequence[PathLike], base: PathLike | None, weights: Weights, embeddings: str
-) -> None:
+def _check_arguments(name: str, family: Family, models: int, has_base: bool, weights: Weights, embeddings: str) -> None:
     low, high = family.models
-    if not low <= len(models) <= high:
+    if not low <= models <= high:
         count = str(low) if low == high else f"at least {low}"
-        raise UserError(f"method '{name}' takes {count} model{'s' if count != '1' else ''}, not {len(models)}.")
-    if family.base and base is None:
+        raise UserError(f"method '{name}' takes {count} model{'s' if count != '1' else ''}, not {models}.")
+    if family.base and not has_base:
         raise UserError(f"method '{name}' needs the base model that the others were tuned from: --base DIR (base=…).")
     if not family.weighted and weights is not None:
         raise UserError(f"method '{name}' takes no weights; its settings: {', '.join(family.settings)}.")

@@ -145,12 +145,14 @@ def sample_texts(
 
 
 def loaded(model: Any) -> Any:
-    """A model object as it is; a checkpoint folder as a model."""
+    """A model object as it is; a checkpoint folder as a model, on the GPU if there is one."""
     if not isinstance(model, (str, Path)):
         return model
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(model))
+    from holdfast.models import on_device
+
+    return on_device(AutoModelForCausalLM.from_pretrained(str(model)))
 
 
 def fingerprint(model: Any) -> str:

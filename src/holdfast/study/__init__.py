@@ -120,7 +120,7 @@ def collect(prepared: Prepared, runner: Runner) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {}
     for arm in plan.arms:
         spec = recipe.arms[arm.arm]
-        about = {key: spec.model_dump(mode="json")[key] for key in ("train", "methods", "peft")}
+        about = {key: spec.model_dump(mode="json")[key] for key in ("train", "methods", "peft", "merge")}
         entry = arms.setdefault(arm.arm, about)
         checkpoints = [
             {"after": after, "step": step.key, "scores": scores(prepared.questions, step, runner)}

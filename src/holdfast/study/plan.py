@@ -14,6 +14,7 @@ from holdfast.errors import UserError
 from holdfast.files import digest
 from holdfast.method import Method, from_spec, seams
 from holdfast.recipe import ArmSpec, MergeSpec, Recipe
+from holdfast.study.merging import merge_content
 from holdfast.study.streams import TaskData
 
 RULES = 1  # part of every key: raised when the same settings would give other numbers
@@ -165,7 +166,7 @@ class _Planner:
             if i == 0:
                 checkpoints.append((task.name, tuned[0]))  # one model: nothing to merge yet
                 continue
-            content = {"method": merge.method, "settings": merge.settings}
+            content = merge_content(merge, i + 1, len(self.tasks), seed)
             checkpoints.append((task.name, Step("merge", content, start=self.base, inputs=tuple(tuned), seed=seed)))
         return checkpoints
 

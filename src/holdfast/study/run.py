@@ -117,18 +117,11 @@ class Runner:
             record["seconds"] = round(time.perf_counter() - began, 2)
 
     def _merge(self, step: Step, began: float) -> None:
-        from holdfast.merge import merge_checkpoints
+        from holdfast.study.merging import merge_step
 
-        assert step.start is not None
         record: dict[str, Any] = {}
         with self.store.new_step(step, record) as folder:
-            merge_checkpoints(
-                method=step.content["method"],
-                models=[self._folder(tuned) for tuned in step.inputs],
-                base=self._folder(step.start),
-                out=folder,
-                **step.content["settings"],
-            )
+            merge_step(step, self._folder, self.tasks, self.store.root, folder)
             record["seconds"] = round(time.perf_counter() - began, 2)
 
     def _folder(self, step: Step) -> Path:
@@ -153,11 +146,14 @@ class Runner:
 
     def _measure(self, step: Step, name: str) -> None:
         from holdfast.evaluate import measure
+        from holdfast.models import on_device
 
         todo = self._unanswered(step)
         self.sink.begin(f"measuring {name}", sum(len(task.items) for task in todo))
         model, tokenizer = self._load(step)
-        items = measure(model, tokenizer, todo, batch_tokens=self.recipe.batch_tokens, on_item=self.sink.advance)
+        items = measure(
+            on_device(model), tokenizer, todo, batch_tokens=self.recipe.batch_tokens, on_item=self.sink.advance
+        )
         for task in todo:
             self.store.write_measure(step, task, items[items["task"] == task.name])
         self.sink.end()
