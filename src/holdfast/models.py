@@ -69,13 +69,6 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def on_device(model: PreTrainedModel) -> PreTrainedModel:
-    """The model where it is measured: on the GPU (of this rank) if there is one; the weights are moved, not copied."""
-    import torch
-
-    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
-
-
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that ``load_model`` would return, without the weights."""
     found = locate(source)

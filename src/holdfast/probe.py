@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.window import rng_state, set_rng_state
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ModelProbe:
@@ -71,6 +73,11 @@ def supervised(logits: Tensor, labels: Tensor, shifts: bool) -> tuple[Tensor, Te
         logits, labels = logits[:, :-1], labels[:, 1:]
     mask = labels != -100
     return logits[mask], labels[mask]
+
+
+def on_device(model: Module) -> Module:
+    """The model where it is measured: on the GPU (of this rank) if there is one; the weights are moved, not copied."""
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, CLIPTextConfig, CLIPTextModel
 
 from holdfast.errors import UserError
-from holdfast.models import load_model, load_tokenizer, on_device, save_model, source_hash
+from holdfast.models import load_model, load_tokenizer, save_model, source_hash
+from holdfast.probe import on_device
 
 
 def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -296,7 +296,7 @@ class TestRun:
         self, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         moved: list[Any] = []
-        monkeypatch.setattr("holdfast.models.on_device", lambda model: moved.append(model) or model)
+        monkeypatch.setattr("holdfast.probe.on_device", lambda model: moved.append(model) or model)
         Study.run(tiny_recipe(arms={"sequential": []}), out=tmp_path)
         assert len(moved) == 3  # the base, after echo, after flip
 

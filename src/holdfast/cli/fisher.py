@@ -31,7 +31,8 @@ def register(app: typer.Typer) -> None:
         if kind not in KINDS:
             raise UserError(f"--kind '{kind}' is unknown; valid: {', '.join(KINDS)}.")
         examples = read(data, prompt, completion)
-        from holdfast.models import load_model, on_device
+        from holdfast.models import load_model
+        from holdfast.probe import on_device
 
         loaded, tokenizer = load_model(model)
         loaded = on_device(loaded)

@@ -10,9 +10,10 @@ from holdfast.diagnose.compatible import check_checkpoints
 from holdfast.diagnose.ranking import PerplexityScorer, perplexity
 from holdfast.diagnose.request import Text, choose_text
 from holdfast.diagnose.restoring import RestoreSettings, restore
+from holdfast.diagnose.workbench import load_to_measure
 from holdfast.errors import UserError
 from holdfast.files import write_json
-from holdfast.models import load_model, on_device, save_model, source_hash
+from holdfast.models import save_model, source_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,12 +61,12 @@ def restore_model(
     def probe(net: Any) -> float:
         return perplexity(PerplexityScorer(net, tokenizer), probing)
 
-    net, tokenizer = load_model(base)
-    base_perplexity = probe(on_device(net))
+    net, tokenizer = load_to_measure(base)
+    base_perplexity = probe(net)
     say(f"restoring {model}")
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_to_measure(model)
     texts = [chosen.text for chosen in selection.restoring]
-    found = restore(on_device(net), tokenizer, texts, restoring, methods=methods, probe=probe)
+    found = restore(net, tokenizer, texts, restoring, methods=methods, probe=probe)
     save_model(found.model, tokenizer, out)
     account = {
         "model": model,

@@ -13,7 +13,7 @@ from holdfast.diagnose.memorization import exact_memorization
 from holdfast.diagnose.ranking import PerplexityScorer, perplexity
 from holdfast.diagnose.restoring import RestoreSettings, restore
 from holdfast.files import digest, write_json
-from holdfast.models import load_model, on_device, save_model
+from holdfast.models import load_model, save_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +48,15 @@ class Subject:
 def subject(source: str, identity: str, name: str) -> Subject:
     """A model that ``load_model`` can read."""
 
-    def load() -> tuple[Any, Any]:
-        model, tokenizer = load_model(source)
-        return on_device(model), tokenizer
+    return Subject(name, identity, lambda: load_to_measure(source))
 
-    return Subject(name, identity, load)
+
+def load_to_measure(source: str | Path) -> tuple[Any, Any]:
+    """Model, on the GPU if there is one, and tokenizer."""
+    from holdfast.probe import on_device
+
+    model, tokenizer = load_model(source)
+    return on_device(model), tokenizer
 
 
 class Workbench:
@@ -122,8 +126,7 @@ class Workbench:
 
         def run() -> tuple[Any, Any]:
             if (folder / "model").is_dir():
-                model, tokenizer = load_model(folder / "model")
-                return on_device(model), tokenizer
+                return load_to_measure(folder / "model")
             self.say(f"restoring {who.name}")
             model, tokenizer = who.pair()
             who.release()  # restoring changes the weights in place

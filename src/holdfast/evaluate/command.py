@@ -58,7 +58,8 @@ class Request:
 
 def evaluate(source: str, request: Request, say: Say) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Load a model, score the panel (what the cache has is read back), and say what was measured with what."""
-    from holdfast.models import load_model, on_device, source_hash
+    from holdfast.models import load_model, source_hash
+    from holdfast.probe import on_device
 
     built = request.built(say)
     weights = source_hash(source)

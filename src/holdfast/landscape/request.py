@@ -128,7 +128,8 @@ def measure(asked: Request, on_point: OnPoint = None) -> Result:
     """
     asked.check()
     from holdfast.landscape.objective import token_loss
-    from holdfast.models import load_model, on_device
+    from holdfast.models import load_model
+    from holdfast.probe import on_device
 
     model, tokenizer = load_model(asked.model)
     model = on_device(model)

@@ -12,7 +12,7 @@ from holdfast.errors import UserError
 from holdfast.files import digest, sha256_file, write_json
 from holdfast.method import Method
 from holdfast.methods.mixing import MODES, Mode, mix, wanted
-from holdfast.probe import evaluating
+from holdfast.probe import evaluating, on_device
 
 
 @dataclass
@@ -149,8 +149,6 @@ def loaded(model: Any) -> Any:
     if not isinstance(model, (str, Path)):
         return model
     from transformers import AutoModelForCausalLM
-
-    from holdfast.models import on_device
 
     return on_device(AutoModelForCausalLM.from_pretrained(str(model)))
 

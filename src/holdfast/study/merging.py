@@ -81,7 +81,8 @@ def merge_step(step: Step, folder: Callable[[Step], Path], data: Mapping[str, Ta
 def _fisher(tuned: Step, estimate: Mapping[str, Any], model: Path, data: Mapping[str, TaskData], root: Path) -> Path:
     """Fisher information of one model on its own task's training data, as a file that later merges find again."""
     from holdfast.merge.fisher_file import compute_fisher, save_fisher
-    from holdfast.models import load_model, on_device
+    from holdfast.models import load_model
+    from holdfast.probe import on_device
 
     trained = tuned if tuned.kind == "train" else tuned.inputs[0]
     about = {"model": tuned.key, "task": trained.tasks[0], "seed": tuned.seed, **estimate}

@@ -146,7 +146,7 @@ class Runner:
 
     def _measure(self, step: Step, name: str) -> None:
         from holdfast.evaluate import measure
-        from holdfast.models import on_device
+        from holdfast.probe import on_device
 
         todo = self._unanswered(step)
         self.sink.begin(f"measuring {name}", sum(len(task.items) for task in todo))
