@@ -44,6 +44,7 @@ def methods() -> dict[str, Callable[[], list[Any]]]:
         "sam": lambda: [SAM(rho=0.05)],
         "sam-asam": lambda: [SAM(rho=0.5, adaptive="asam")],
         "sam-norm": lambda: [SAM(rho=0.05, scope="norm")],
+        "sam-mask": lambda: [SAM(rho=0.05, mask=0.5)],
         "sam-micro": lambda: [SAM(rho=0.05, group="micro")],
         "sam-10": lambda: [SAM(rho=0.05, every=10)],
         "looksam-10": lambda: [SAM(rho=0.05, every=10, reuse=0.7)],
