@@ -4,14 +4,17 @@
     python benchmarks/cost.py --model 100m --only plain sam sam-10 l2 sfa
     python benchmarks/cost.py --model lab --peer-python PEER/bin/python    # also pytorch_optimizer's SAM, if it has it
 
-Every run is a fork of one process, so that peak memory is the run's own; rounds of all methods alternate, and a ratio
-is the median over rounds of (method / plain of the same round). ``--clock cpu`` counts processor time instead of wall
-time: use it where other programs run on the machine. The first steps are not counted. Prints a Markdown table.
+Every training is a process of its own, so that peak memory is its own. All of a round take turns step by step, one
+computing at a time, so that what disturbs the machine for seconds disturbs all alike; a ratio is the median over rounds
+of (method / plain of the same round). ``--together`` limits how many models are in memory at once, each group beside a
+plain training of its own. ``--clock cpu`` counts processor time instead of wall time. The first steps are not counted.
+Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import platform
@@ -85,26 +88,38 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-class StepTimes(TrainerCallback):
-    """Time from one step's begin to the next one's: everything a step costs, edits of weights included."""
+class Turns(TrainerCallback):
+    """Computes one step at a time, when it is told to; times each from its begin to the next one's, waiting left out.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.marks = clock, [clock()]
+    So everything a step costs is in it, edits of weights included.
+    """
+
+    def __init__(self, clock: Callable[[], float], turn: Any) -> None:
+        self.clock, self.turn = clock, turn
+        self.started: float | None = None
+        self.seconds: list[float] = []
+
+    def _stop(self) -> None:
+        if self.started is not None:
+            self.seconds.append(self.clock() - self.started)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.marks.append(self.clock())
+        self._stop()
+        self.turn.send(None)
+        self.turn.recv()
+        self.started = self.clock()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.marks.append(self.clock())
+        self._stop()
 
 
-def measure(label: str, given: argparse.Namespace, anchor: str, sender: Any) -> None:
+def measure(label: str, given: argparse.Namespace, anchor: str, turn: Any) -> None:
     """One training run in a process of its own; sends seconds per step and peak memory."""
     from holdfast import with_methods
 
     model = make_model(given.model)
     vocabulary = model.config.vocab_size
-    times = StepTimes(CLOCKS[given.clock])
+    turns = Turns(CLOCKS[given.clock], turn)
     with tempfile.TemporaryDirectory() as folder:
         trainer = with_methods(Trainer)(
             model=model,
@@ -124,61 +139,71 @@ def measure(label: str, given: argparse.Namespace, anchor: str, sender: Any) -> 
             methods=methods()[label](),
             memory={"past": Rows(64, given.length, vocabulary)},
             anchor=anchor,
-            callbacks=[times],
+            callbacks=[turns],
         )
         trainer.train()
-    steps = times.marks[given.warm + 1 :]
-    seconds = (steps[-1] - steps[0]) / (len(steps) - 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available() and not given.cpu:
         peak = torch.cuda.max_memory_allocated()
-    sender.send({"seconds": seconds, "peak": peak, "setup": times.marks[1] - times.marks[0]})
+    turn.send({"seconds": statistics.fmean(turns.seconds[given.warm :]), "peak": peak})
 
 
 def peer_sam(given: argparse.Namespace) -> None:
-    """AdamW and pytorch_optimizer's SAM around AdamW on the same model, alternating; run by the peer's Python."""
+    """AdamW and pytorch_optimizer's SAM around AdamW on the same model, a step each; run by the peer's Python."""
     from pytorch_optimizer import SAM
 
-    clock, found = CLOCKS[given.clock], {"adamw": [], "sam": []}
+    clock, ratios = CLOCKS[given.clock], []
     for _ in range(given.rounds):
-        for kind in found:
-            model = make_model(given.model)
-            if kind == "sam":
-                optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=1e-5)
-            else:
-                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-            rows = Rows(given.batch, given.length, model.config.vocab_size).ids
+        models = {kind: make_model(given.model) for kind in ("adamw", "sam")}
+        optimizers: dict[str, Any] = {
+            "adamw": torch.optim.AdamW(models["adamw"].parameters(), lr=1e-5),
+            "sam": SAM(models["sam"].parameters(), torch.optim.AdamW, rho=0.05, lr=1e-5),
+        }
+        seconds = dict.fromkeys(models, 0.0)
+        rows = Rows(given.batch, given.length, models["sam"].config.vocab_size).ids
+        for step, kind in itertools.product(range(given.steps + given.warm), models):
 
-            def closure(model: Any = model, rows: Any = rows) -> Any:
+            def closure(model: Any = models[kind], rows: Any = rows) -> Any:
                 loss = model(input_ids=rows, labels=rows).loss
                 loss.backward()
                 return loss
 
-            for step in range(given.steps + given.warm):
-                if step == given.warm:
-                    start = clock()
-                loss = closure()
-                optimizer.step(closure) if kind == "sam" else optimizer.step()
-                optimizer.zero_grad()
-                float(loss)
-            found[kind].append((clock() - start) / given.steps)
-    ratios = [sam / plain for sam, plain in zip(found["sam"], found["adamw"], strict=True)]
-    print(json.dumps({"ratios": ratios, "seconds": statistics.median(found["sam"])}))
+            start = clock()
+            loss = closure()
+            optimizers[kind].step(closure) if kind == "sam" else optimizers[kind].step()
+            optimizers[kind].zero_grad()
+            float(loss)
+            if step >= given.warm:
+                seconds[kind] += clock() - start
+        ratios.append(seconds["sam"] / seconds["adamw"])
+    print(json.dumps({"ratios": ratios}))
 
 
-def run(label: str, given: argparse.Namespace, anchor: str) -> dict[str, float]:
+def run(labels: list[str], given: argparse.Namespace, anchor: str) -> dict[str, dict[str, float]]:
+    """One round of some methods: each in a process of its own, a step of one after a step of the other."""
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(label, given, anchor, sender))
-    process.start()
-    sender.close()
-    try:
-        result: dict[str, float] = receiver.recv()
-    except EOFError:
+    turns, processes = {}, []
+    for label in labels:
+        turns[label], other = context.Pipe()
+        processes.append(context.Process(target=measure, args=(label, given, anchor, other), daemon=True))
+        processes[-1].start()
+        other.close()
+    answers = {label: receive(turns[label], label) for label in labels}  # all have set up and wait
+    while any(answer is None for answer in answers.values()):
+        for label in labels:
+            turns[label].send(None)
+            answers[label] = receive(turns[label], label)
+    for process in processes:
         process.join()
-        sys.exit(f"{label}: the run failed (exit code {process.exitcode})")
-    process.join()
-    return result
+    return answers
+
+
+def receive(turn: Any, label: str) -> Any:
+    """None from a training that waits for its turn, its figures from one that is done."""
+    try:
+        return turn.recv()
+    except EOFError:
+        sys.exit(f"{label}: the training failed")
 
 
 def table(results: dict[str, list[dict[str, float]]], weight_bytes: float) -> str:
@@ -186,16 +211,19 @@ def table(results: dict[str, list[dict[str, float]]], weight_bytes: float) -> st
         "| method | step time (ratio, range) | peak memory (ratio) | extra copies of the weights | seconds a step |",
         "|---|---|---|---|---|",
     ]
-    plain = results["plain"]
     for label, rounds in results.items():
-        ratios = sorted(mine["seconds"] / base["seconds"] for mine, base in zip(rounds, plain, strict=True))
-        peak = statistics.median(each["peak"] for each in rounds)
-        base = statistics.median(each["peak"] for each in plain)
+        ratios = [each["seconds"] / each["plain_seconds"] for each in rounds]
+        memory = statistics.median(each["peak"] / each["plain_peak"] for each in rounds)
+        more = statistics.median(each["peak"] - each["plain_peak"] for each in rounds) / weight_bytes
         lines.append(
-            f"| {label} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) | {peak / base:.2f} "
-            f"| {(peak - base) / weight_bytes:+.2f} | {statistics.median(each['seconds'] for each in rounds):.3f} |"
+            f"| {label} | {spread(ratios)} | {memory:.2f} | {more:+.2f} "
+            f"| {statistics.median(each['seconds'] for each in rounds):.3f} |"
         )
     return "\n".join(lines)
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def options() -> argparse.Namespace:
@@ -207,6 +235,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", type=int, default=6, help="trainings in memory at once, at least 2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -224,17 +253,19 @@ def main() -> None:
     if given.as_peer:
         peer_sam(given)
         return
-    labels = [label for label in methods() if not given.only or label in given.only or label == "plain"]
-    results: dict[str, list[dict[str, float]]] = {label: [] for label in labels}
+    labels = [label for label in methods() if label != "plain" and (not given.only or label in given.only)]
+    groups = [labels[i : i + given.together - 1] for i in range(0, len(labels), given.together - 1)] or [[]]
+    results: dict[str, list[dict[str, float]]] = {label: [] for label in ["plain", *labels]}
     with tempfile.TemporaryDirectory() as anchor:
         model = make_model(given.model)
         weight_bytes = sum(param.numel() * param.element_size() for param in model.parameters())
         model.save_pretrained(anchor)
         del model
-        for number in range(given.rounds):
-            for label in labels:
-                results[label].append(run(label, given, anchor))
-                print(f"round {number + 1}: {label} {results[label][-1]['seconds']:.3f} s", file=sys.stderr)
+        for number, group in itertools.product(range(given.rounds), groups):
+            found = run(["plain", *group], given, anchor)
+            for label, figures in found.items():
+                print(f"round {number + 1}: {label} {figures['seconds']:.3f} s", file=sys.stderr)
+                results[label].append(figures | {f"plain_{name}": value for name, value in found["plain"].items()})
     print(f"model {given.model}: {weight_bytes / 4e6:.1f} M parameters, fp32, {given.batch} x {given.length} tokens")
     print(f"{given.rounds} rounds of {given.steps} steps, {given.clock} clock, {given.threads} thread(s), ", end="")
     print(f"torch {torch.__version__}, {platform.machine()}\n\n{table(results, weight_bytes)}")
@@ -244,8 +275,7 @@ def main() -> None:
         command = [given.peer_python, Path(__file__).resolve(), "--as-peer", *passed]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        low, middle, high = min(found["ratios"]), statistics.median(found["ratios"]), max(found["ratios"])
-        print(f"\npytorch_optimizer SAM / AdamW (bare loops): {middle:.3f} ({low:.3f} to {high:.3f})")
+        print(f"\npytorch_optimizer SAM / AdamW (bare loops): {spread(found['ratios'])}")
 
 
 if __name__ == "__main__":
