@@ -42,7 +42,7 @@ ACTIVE: dict[str, Callable[[], Method]] = {
     "sfa": lambda: SFA(p=0.5),
     "ema": lambda: EMA(decay=0.7),
     "wiseft": lambda: WiSEFT(alpha=0.5),
-    "fisher_merge": lambda: FisherMerge(samples=6),
+    "fisher_merge": lambda: FisherMerge(samples=6, normalize=True),
     "rehearsal": lambda: Rehearsal(share=0.25),
     "general": lambda: General(source=str(_SOURCE), share=0.25),
     "pseudo_rehearsal": lambda: PseudoRehearsal(share=0.25, max_new_tokens=6),

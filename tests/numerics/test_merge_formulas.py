@@ -217,6 +217,28 @@ def test_fisher_is_the_weighted_mean_of_equation_15():
     assert fisher([a, b], [f, g], weights=[3, 1]).tolist() == [2.0, 3.0, 1.5]
 
 
+def test_a_normalized_fisher_counts_by_where_it_lies_not_by_its_size():
+    """Each Fᵢ over its Euclidean norm over all tensors: 10⁻⁶·F gives what F gives; zero Fishers stay a plain mean."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"a": (300, 700), "b": (5,), "none": (0,)}
+    draw = lambda: {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}  # noqa: E731
+    models, fishers, weights = [draw(), draw()], [draw(), draw()], [2.0, 0.5]
+    fishers[0]["b"][0] = fishers[1]["b"][0] = 0
+    norms = [math.sqrt(sum(float(part.square().sum()) for part in one.values())) for one in fishers]
+    merged = fisher(models, fishers, weights, normalize=True)
+    for name, found in merged.items():
+        first, second = (w * f[name] / n for w, f, n in zip(weights, fishers, norms))
+        expected = (first * models[0][name] + second * models[1][name]) / (first + second)
+        if name == "b":
+            expected[0] = (2 * models[0]["b"][0] + 0.5 * models[1]["b"][0]) / 2.5
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    small = {name: 1e-6 * part for name, part in fishers[1].items()}
+    for name, found in fisher(models, [fishers[0], small], weights, normalize=True).items():
+        torch.testing.assert_close(found, merged[name], rtol=1e-12, atol=0)
+    zeros = {name: 0 * part for name, part in fishers[1].items()}
+    assert torch.equal(fisher(models, [zeros, fishers[1]], normalize=True)["a"], models[1]["a"])
+
+
 def test_bfloat16_rounds_to_nearest_even_from_both_working_types():
     raw = np.arange(0, 1 << 16, dtype=np.uint16)
     raw = raw[(raw & 0x7F80) != 0x7F80]

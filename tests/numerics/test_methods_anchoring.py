@@ -410,5 +410,9 @@ def test_merging_at_a_tasks_end_is_the_merging_of_checkpoints() -> None:
     method.at_anchor, method.at_end = {"w": at_start}, {"w": at_end}
     merged = method.checkpoint({"w": end}, {"w": start})["w"]
     torch.testing.assert_close(merged, fisher([start, end], [at_start, at_end], [0.5, 2.0]))
+    method = FisherMerge(weight=2.0, anchor_weight=0.5, normalize=True)
+    method.at_anchor, method.at_end = {"w": at_start}, {"w": 1e-6 * at_end}
+    merged = method.checkpoint({"w": end}, {"w": start})["w"]
+    torch.testing.assert_close(merged, fisher([start, end], [at_start, at_end], [0.5, 2.0], normalize=True))
     mixed = WiSEFT(alpha=0.3).checkpoint({"w": end}, {"w": start})["w"]
     torch.testing.assert_close(mixed, linear([start, end], weights=[0.7, 0.3]))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from holdfast.errors import UserError
-from holdfast.merge import compute_fisher, evaluate_sweep, merge_checkpoints, save_fisher
+from holdfast.merge import compute_fisher, evaluate_sweep, fisher, merge_checkpoints, processes, save_fisher
 from holdfast.merge.pareto import front
 
 WORDS = ["<pad>", "<eos>", "a", "b", "c", "d"]
@@ -56,6 +56,23 @@ def test_the_fisher_file_holds_mean_squared_gradients_and_feeds_a_merge(tmp_path
     merge_checkpoints("fisher", [tmp_path / "model"] * 2, tmp_path / "out", fisher=[path, path])
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(merged[n], t) for n, t in load_file(tmp_path / "model" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_normalized_fishers_of_files_are_those_of_memory(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(processes, "can_fork", lambda: workers == "processes")
+    generator = torch.Generator().manual_seed(1)
+    inputs = [{n: torch.rand(400, 300, generator=generator) for n in "vw"} for _ in range(4)]
+    for i, tensors in enumerate(inputs):
+        (tmp_path / f"{i}").mkdir()
+        save_file(tensors, tmp_path / f"{i}" / "model.safetensors")
+    fishers = [tmp_path / f"{i}" / "model.safetensors" for i in (2, 3)]
+    merge_checkpoints("fisher", [tmp_path / "0", tmp_path / "1"], tmp_path / "out", fisher=fishers, normalize=True)
+    expected = fisher(inputs[:2], inputs[2:], normalize=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[name], expected[name]) for name in "vw")
+    plain = fisher(inputs[:2], inputs[2:])
+    assert not torch.equal(merged["v"], plain["v"])
 
 
 def test_kinds_are_named():

@@ -300,16 +300,17 @@ class TestRun:
         Study.run(tiny_recipe(arms={"sequential": []}), out=tmp_path)
         assert len(moved) == 3  # the base, after echo, after flip
 
+    @pytest.mark.parametrize("normalize", [False, True])
     def test_fisher_merging_of_independent_arms_weighs_each_model_by_its_own_tasks_fisher(
-        self, tiny_recipe: Recipe, tmp_path: Path
+        self, tiny_recipe: Recipe, tmp_path: Path, normalize: bool
     ) -> None:
         from safetensors.torch import load_file
 
         from holdfast.merge import compute_fisher
         from holdfast.models import load_model
 
-        arms = {"fisher": {"train": "independent", "merge": {"method": "fisher", "samples": 3, "weights": [1.0, 0.5]}}}
-        recipe = tiny_recipe(arms=arms)
+        merge = {"method": "fisher", "samples": 3, "weights": [1.0, 0.5], "normalize": normalize}
+        recipe = tiny_recipe(arms={"fisher": {"train": "independent", "merge": merge}})
         Study.run(recipe, out=tmp_path / "run")
         tasks = {task.train_hash: task for task in prepare(load_recipe(recipe)).tasks}
         steps = tmp_path / "run" / "steps"
@@ -320,8 +321,13 @@ class TestRun:
             models[task.name] = load_file(folder / "model" / "model.safetensors")
             fishers[task.name] = compute_fisher(model, tokenizer, task.train, samples=3, max_length=32)
         merged = load_file(next(steps.glob("merge-*")) / "model" / "model.safetensors")
+        sizes = {
+            task: sum(float(part.double().square().sum()) for part in found.values()) ** 0.5 if normalize else 1.0
+            for task, found in fishers.items()
+        }
         for name, value in merged.items():
-            first, second = fishers["echo"][name].double(), 0.5 * fishers["flip"][name].double()
+            first, second = (fishers[task][name].double() / sizes[task] for task in ("echo", "flip"))
+            second *= 0.5
             mean = (models["echo"][name].double() + 0.5 * models["flip"][name].double()) / 1.5
             total = first + second
             expected = (first * models["echo"][name] + second * models["flip"][name]) / total.where(total > 0, 1)

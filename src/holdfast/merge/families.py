@@ -86,12 +86,12 @@ def slerp(t: float) -> Slerp:
     return Slerp(_share("t", t, low_open=False))
 
 
-def fisher(count: int, weights: Weights) -> FisherMean:
+def fisher(count: int, weights: Weights, normalize: bool = False) -> FisherMean:
     """Inputs: models…, fishers…"""
     given = _weights(count, weights)
     if any(weight < 0 for weight in given) or sum(given) == 0:
         raise UserError(f"Fisher weights must not be negative nor all 0, got {list(given)}.")
-    return FisherMean(given)
+    return FisherMean(given, normalize)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,10 @@ METHODS: dict[str, Family] = {
         "θ₀ + Σ wᵢ·trim(θᵢ-θ₀)", lambda n, w, s: magnitude_prune(n, w, s["density"], s["scope"]),
         {"density": PRUNE_DENSITY, "scope": "tensor"},
     ),
-    "fisher": Family("Σ wᵢFᵢθᵢ / Σ wᵢFᵢ", lambda n, w, s: fisher(n, w), {"fisher": ()}, base=False),
+    "fisher": Family(
+        "Σ wᵢFᵢθᵢ / Σ wᵢFᵢ", lambda n, w, s: fisher(n, w, s["normalize"]),
+        {"fisher": (), "normalize": False}, base=False,
+    ),
 }  # fmt: skip
 
 

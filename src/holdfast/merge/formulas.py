@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -108,6 +108,33 @@ class Combination:
         return combine(self.weights, inputs, scratch)
 
 
+def inner_product(x: Array, y: Array, scratch: Scratch) -> float:
+    """Inner product of two stretches, in float64."""
+    return float(np.multiply(x, y, out=scratch.get("product", np.float64, x.size), dtype=np.float64).sum())
+
+
+def tensor_sums(
+    numbers: Numbers, measure: Callable[[str, int, int, Scratch], Sequence[float]], threads: int
+) -> dict[str, list[float]]:
+    """What ``measure`` finds on stretches (name, start, stop), added up by tensor, in a fixed order on any threads."""
+    found: dict[str, list[list[float]]] = {}
+
+    def job(name: str, index: int, start: int, stop: int) -> Any:
+        def run(scratch: Scratch) -> None:
+            parts = [measure(name, start + low, start + high, scratch) for low, high in stretches(stop - start, CHUNK)]
+            found[name][index] = [sum(column) for column in zip(*parts)]
+
+        return run
+
+    jobs = []
+    for name, size in numbers.sizes.items():
+        blocks = list(stretches(size, 16 * CHUNK))
+        found[name] = [[]] * len(blocks)
+        jobs += [job(name, index, *block) for index, block in enumerate(blocks)]
+    run_jobs(jobs, threads)
+    return {name: [math.fsum(column) for column in zip(*parts)] for name, parts in found.items()}
+
+
 @dataclass(frozen=True)
 class Slerp:
     """Along the great circle between two tensors: sin((1-t)Ω)/sin Ω·a + sin(tΩ)/sin Ω·b, Ω the angle between them.
@@ -121,29 +148,13 @@ class Slerp:
         return (0, 1)
 
     def prepare(self, numbers: Numbers, threads: int) -> Facts:
-        """name -> (weight of a, weight of b); dot products accumulate in float64, in a fixed order."""
-        sums: dict[str, list[tuple[float, float, float]]] = {}
+        """name -> (weight of a, weight of b)"""
 
-        def job(name: str, index: int, start: int, stop: int) -> Any:
-            def run(scratch: Scratch) -> None:
-                total = [0.0, 0.0, 0.0]
-                for low, high in stretches(stop - start, CHUNK):
-                    a = numbers.read(0, name, start + low, start + high, scratch)
-                    b = numbers.read(1, name, start + low, start + high, scratch)
-                    out = scratch.get("product", np.float64, a.size)
-                    for i, (x, y) in enumerate(((a, b), (a, a), (b, b))):
-                        total[i] += float(np.multiply(x, y, out=out, dtype=np.float64).sum())
-                sums[name][index] = (total[0], total[1], total[2])
+        def products(name: str, start: int, stop: int, scratch: Scratch) -> list[float]:
+            a, b = (numbers.read(which, name, start, stop, scratch) for which in (0, 1))
+            return [inner_product(x, y, scratch) for x, y in ((a, b), (a, a), (b, b))]
 
-            return run
-
-        jobs = []
-        for name, size in numbers.sizes.items():
-            blocks = list(stretches(size, 16 * CHUNK))
-            sums[name] = [(0.0, 0.0, 0.0)] * len(blocks)
-            jobs += [job(name, index, *block) for index, block in enumerate(blocks)]
-        run_jobs(jobs, threads)
-        return {name: self._weights(*(math.fsum(column) for column in zip(*parts))) for name, parts in sums.items()}
+        return {name: self._weights(*sums) for name, sums in tensor_sums(numbers, products, threads).items()}
 
     def _weights(self, dot: float = 0.0, aa: float = 0.0, bb: float = 0.0) -> tuple[float, float]:
         cosine = dot / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 1.0
@@ -158,30 +169,50 @@ class Slerp:
 
 @dataclass(frozen=True)
 class FisherMean:
-    """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ (eq. 15); where every Fisher value is zero, the plain mean weighted by w."""
+    """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ (eq. 15); where every Fisher value is zero, the plain mean weighted by w.
+
+    ``normalize`` divides every Fᵢ by its Euclidean norm over the whole model, so that models which fit their data to
+    different degrees count alike.
+    """
 
     weights: tuple[float, ...]
+    normalize: bool = False
+
+    @property
+    def scope(self) -> str:
+        return "model" if self.normalize else "tensor"
 
     def used(self) -> tuple[int, ...]:
         return tuple(range(2 * len(self.weights)))
 
     def prepare(self, numbers: Numbers, threads: int) -> Facts:
-        return {}
+        """ "factors" -> what each Fᵢ is multiplied by"""
+        n = len(self.weights)
+        if not self.normalize:
+            return {"factors": self.weights}
+
+        def squares(name: str, start: int, stop: int, scratch: Scratch) -> list[float]:
+            read = (numbers.read(n + i, name, start, stop, scratch) for i in range(n))
+            return [inner_product(values, values, scratch) for values in read]
+
+        sums = tensor_sums(numbers, squares, threads).values()
+        norms = [math.sqrt(math.fsum(column)) or 1.0 for column in zip(*filter(None, sums))] or [1.0] * n
+        return {"factors": tuple(weight / norm for weight, norm in zip(self.weights, norms))}
 
     def apply(self, place: Place, inputs: Sequence[Array | None], facts: Facts, scratch: Scratch) -> Array:
         n = len(self.weights)
-        models, fishers = inputs[:n], inputs[n:]
-        mass = combine(self.weights, fishers, scratch)
+        models, fishers, factors = inputs[:n], inputs[n:], facts["factors"]
+        mass = combine(factors, fishers, scratch)
         empty = np.less_equal(mass, np.finfo(mass.dtype).tiny)
         plain = sum(self.weights)
         result = scratch.get("result", mass.dtype, mass.size)
         result[...] = 0
         mass[empty] = plain
-        for weight, values, importance in zip(self.weights, models, fishers):
+        for weight, factor, values, importance in zip(self.weights, factors, models, fishers):
             if values is None or importance is None or weight == 0:
                 continue
             share = scratch.get("share", mass.dtype, mass.size)
-            np.multiply(importance, mass.dtype.type(weight), out=share)
+            np.multiply(importance, mass.dtype.type(factor), out=share)
             share[empty] = weight
             np.divide(share, mass, out=share)
             np.multiply(share, values, out=share)

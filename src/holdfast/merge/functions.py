@@ -209,8 +209,16 @@ def slerp(a: Value, b: Value, t: float = 0.5) -> Value:
     return _apply(families.slerp(t), [a, b])
 
 
-def fisher(models: Sequence[Value], fishers: Sequence[Value], weights: Sequence[float] | None = None) -> Value:
-    """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ (Matena & Raffel 2022; eq. 15 of the SFA paper); the weighted mean where all Fᵢ are zero."""
+def fisher(
+    models: Sequence[Value],
+    fishers: Sequence[Value],
+    weights: Sequence[float] | None = None,
+    normalize: bool = False,
+) -> Value:
+    """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ (Matena & Raffel 2022; eq. 15 of the SFA paper); the weighted mean where all Fᵢ are zero.
+
+    ``normalize`` divides every Fᵢ by its Euclidean norm over all its tensors.
+    """
     if len(models) != len(fishers):
         raise UserError(f"fisher needs one Fisher estimate per model: {len(models)} models, {len(fishers)} estimates.")
-    return _apply(families.fisher(len(models), weights), [*models, *fishers])
+    return _apply(families.fisher(len(models), weights, normalize), [*models, *fishers])

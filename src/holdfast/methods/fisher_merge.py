@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from holdfast.method import Context, Method
 from holdfast.methods import fisher as information
 from holdfast.methods.averaging import Mixed
-from holdfast.tensors import Params
+from holdfast.tensors import Params, norm
 
 
 @dataclass
@@ -21,8 +22,10 @@ class FisherMerge(Method):
 
     θ ← (λ₀F₀θ₀ + λFθ)/(λ₀F₀ + λF)   (Matena and Raffel 2022; arXiv 2501.05559, eq. 15)
 
-    F₀: past tasks' data at θ₀; F: the task's data at θ. Where both are 0 the weights are mixed as λ₀ : λ. ``fisher``,
-    ``samples``, ``batch`` and ``decay`` are those of :class:`holdfast.methods.penalty.EWC`. Needs past tasks' data.
+    F₀: past tasks' data at θ₀; F: the task's data at θ. Where both are 0 the weights are mixed as λ₀ : λ. ``normalize``
+    divides both by their Euclidean norm over all weights: F vanishes as a task is learned to the end, and would have no
+    say. ``fisher``, ``samples``, ``batch`` and ``decay`` are those of :class:`holdfast.methods.penalty.EWC`. Needs past
+    tasks' data.
     Cost: ``samples`` passes per past task before the first step and for the task after the last; up to three (sharded)
     copies of the trainable weights (θ₀, F₀, F).
     """
@@ -33,6 +36,7 @@ class FisherMerge(Method):
     samples: int = 256
     batch: int = 8
     decay: float = 1.0
+    normalize: bool = False
 
     name: ClassVar[str] = "fisher_merge"
     needs_past: ClassVar[bool] = True
@@ -64,11 +68,22 @@ class FisherMerge(Method):
                 self.at_end = information.diagonal(params, self._context.probe, None, *given)
 
     def checkpoint(self, tuned: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return Mixed(tuned, anchor, self._mix) if self.anchor_weight else tuned
+        if not self.anchor_weight:
+            return tuned
+        factors = self.weight / self._size(self.at_end), self.anchor_weight / self._size(self.at_anchor)
+        return Mixed(tuned, anchor, functools.partial(self._mix, *factors))
 
-    def _mix(self, name: str, end: Tensor, start: Tensor) -> Tensor:
-        ours = self.weight * self.at_end[name].to(end)
-        theirs = self.anchor_weight * self.at_anchor[name].to(end)
+    def _size(self, fisher: Mapping[str, Tensor]) -> float:
+        """What F is divided by: its norm over all weights and ranks, or 1."""
+        if not self.normalize:
+            return 1.0
+        names = sorted(fisher)  # a resumed run may hold them in another order, and sums depend on it
+        like = [self._context.params.get(name, fisher[name]) for name in names]
+        return float(norm([fisher[name] for name in names], like)) or 1.0
+
+    def _mix(self, factor: float, anchor_factor: float, name: str, end: Tensor, start: Tensor) -> Tensor:
+        ours = factor * self.at_end[name].to(end)
+        theirs = anchor_factor * self.at_anchor[name].to(end)
         share = torch.where(ours + theirs > 0, ours / (ours + theirs), self.weight / (self.weight + self.anchor_weight))
         return share * end + (1 - share) * start
 

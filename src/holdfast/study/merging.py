@@ -21,8 +21,8 @@ def merge_content(merge: MergeSpec, models: int, tasks: int, seed: int) -> dict[
     """What decides the merge of an arm's first ``models`` models, of as many as there are ``tasks``.
 
     ``weights`` has one number per task, of which the first ones count; DARE's masks follow the study's seed unless
-    ``seed`` is given; ``fisher`` estimates each model's Fisher information on its own task's training data (``kind``,
-    ``samples``, ``batch``). Raises UserError for anything the merge would refuse.
+    ``seed`` is given; ``fisher`` (``normalize``) estimates each model's Fisher information on its own task's training
+    data (``kind``, ``samples``, ``batch``). Raises UserError for anything the merge would refuse.
     """
     from holdfast.merge.families import resolve
     from holdfast.merge.plan import check_method
@@ -35,12 +35,13 @@ def merge_content(merge: MergeSpec, models: int, tasks: int, seed: int) -> dict[
             if len(weights) != tasks:
                 raise UserError(f"{len(weights)} weights for {tasks} tasks: give one weight a task.")
             weights = weights[:models]
-        estimate = _estimate(settings) if name == "fisher" else None
-        check_method(name, models, weights, {} if estimate else settings)
+        estimate = None
+        if name == "fisher":
+            normalize = {"normalize": settings.pop("normalize")} if "normalize" in settings else {}
+            estimate, settings = _estimate(settings), normalize
+        check_method(name, models, weights, settings)
     except UserError as error:
         raise UserError(f"merge: {error}") from None
-    if estimate:
-        settings = {}
     if name == "dare":
         settings.setdefault("seed", seed)
     if weights is not None:
@@ -55,7 +56,8 @@ def _estimate(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     for key in settings:
         if key not in ESTIMATE:
-            raise UserError(f"method 'fisher' has no setting '{key}' in a study.{did_you_mean(key, ESTIMATE)}")
+            known = [*ESTIMATE, "normalize"]
+            raise UserError(f"method 'fisher' has no setting '{key}' in a study.{did_you_mean(key, known)}")
     found = {**ESTIMATE, **settings}
     if found["kind"] not in KINDS:
         raise UserError(f"kind '{found['kind']}' is unknown.{did_you_mean(str(found['kind']), KINDS)}")
