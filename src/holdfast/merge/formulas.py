@@ -186,7 +186,7 @@ class FisherMean:
         return tuple(range(2 * len(self.weights)))
 
     def prepare(self, numbers: Numbers, threads: int) -> Facts:
-        """ "factors" -> what each Fᵢ is multiplied by"""
+        """Under "factors": what each Fᵢ is multiplied by."""
         n = len(self.weights)
         if not self.normalize:
             return {"factors": self.weights}
