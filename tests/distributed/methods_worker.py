@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
 from method_cases import ACTIVE, ON_TEXT
-from tiny_world import DISTRIBUTED, losses, tiny_llama, train, weights
+from tiny_world import losses, tiny_llama, train_distributed, weights
+
+SPLIT = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
 
 
 def model(kind: str, start: Path) -> Any:
@@ -27,29 +30,30 @@ def model(kind: str, start: Path) -> Any:
     )
 
 
-def run(kind: str, out: Path, rank: int) -> None:
-    results = {}
-    for name in ["plain", *sorted(set(ACTIVE) - ON_TEXT)]:
-        trainer = train(
-            out / f"{kind}-{name}",
-            [] if name == "plain" else [ACTIVE[name]()],
+def run(kind: str, precision: str, out: Path, rank: int) -> None:
+    run_name, results = f"{kind}-{precision}", {}
+    for name in ["plain", "plain text", *sorted(ACTIVE)]:
+        methods = [] if name.startswith("plain") else [ACTIVE[name]()]
+        trainer = train_distributed(
+            out / f"{run_name}-{name}",
+            methods,
+            name in {"plain text", *ON_TEXT},
+            precision,
             model=model(kind, out / "start"),
-            **DISTRIBUTED,
-            gradient_accumulation_steps=2,
-            per_device_train_batch_size=1,
+            **SPLIT,
         )
         final = {key: value.contiguous() for key, value in weights(trainer).items()}
         if rank == 0:
-            save_file(final, str(out / f"{kind}-{name}.safetensors"))
+            save_file(final, str(out / f"{run_name}-{name}.safetensors"))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         results[name] = {"losses": losses(trainer), "history": history}
     if rank == 0:
-        (out / f"{kind}.json").write_text(json.dumps(results))
+        (out / f"{run_name}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
     gc.freeze()
     torch.distributed.init_process_group("gloo")
-    for kind in ("ddp", "fsdp2"):
-        run(kind, Path(sys.argv[1]), torch.distributed.get_rank())
+    for kind, precision in itertools.product(("ddp", "fsdp2"), ("fp32", "bf16")):
+        run(kind, precision, Path(sys.argv[1]), torch.distributed.get_rank())
     torch.distributed.destroy_process_group()

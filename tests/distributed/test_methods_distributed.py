@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,19 +13,29 @@ from typing import Any
 import pytest
 from method_cases import ACTIVE, ON_TEXT
 from safetensors.torch import load_file
-from tiny_world import DISTRIBUTED, distance, losses, tiny_llama, train, weights
+from tiny_world import distance, euclidean, losses, tiny_llama, train_distributed, weights
 
 pytestmark = pytest.mark.distributed
-RUNS = ["plain", *sorted(set(ACTIVE) - ON_TEXT)]
+RUNS = ["plain", "plain text", *sorted(ACTIVE)]
+
+
+def plain_of(name: str) -> str:
+    return "plain text" if name in ON_TEXT else "plain"
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("one")
-    return {
-        name: train(folder, [] if name == "plain" else [ACTIVE[name]()], **DISTRIBUTED, per_device_train_batch_size=4)
-        for name in RUNS
-    }
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    folder, found = tmp_path_factory.mktemp("one"), {}
+    for name, precision in itertools.product(RUNS, ("fp32", "bf16")):
+        methods = [] if name.startswith("plain") else [ACTIVE[name]()]
+        found[name, precision] = train_distributed(
+            folder / f"{name}-{precision}",
+            methods,
+            name in {"plain text", *ON_TEXT},
+            precision,
+            per_device_train_batch_size=4,
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +58,36 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one(name: str, kind: str, one_process: dict[str, Any], two_processes: Path) -> None:
+def test_two_processes_equal_one(
+    name: str, kind: str, one_process: dict[tuple[str, str], Any], two_processes: Path
+) -> None:
     out = two_processes
-    reference = one_process[name]
-    found = json.loads((out / f"{kind}.json").read_text())[name]
-    assert distance(weights(reference), load_file(out / f"{kind}-{name}.safetensors")) <= 1e-5
+    reference = one_process[name, "fp32"]
+    found = json.loads((out / f"{kind}-fp32.json").read_text())[name]
+    assert distance(weights(reference), load_file(out / f"{kind}-fp32-{name}.safetensors")) <= 1e-5
     assert found["losses"] == pytest.approx(losses(reference), abs=1e-5)
     for here, there in zip(reference.state.log_history, found["history"]):
         for key, value in here.items():
             if key.startswith("holdfast/") or key == "grad_norm":
                 assert there[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-    if name != "plain":
-        assert distance(weights(reference), weights(one_process["plain"])) > 1e-3
+    if not name.startswith("plain"):
+        assert distance(weights(reference), weights(one_process[plain_of(name), "fp32"])) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_the_perturbation_has_norm_rho_on_every_engine(kind: str, two_processes: Path) -> None:
+@pytest.mark.parametrize("name", sorted(ACTIVE))
+def test_two_processes_act_as_one_under_bf16_autocast(
+    name: str, kind: str, one_process: dict[tuple[str, str], Any], two_processes: Path
+) -> None:
+    """Autocast rounds activations, and gradients before they are added: to a small part of what a method does."""
+    found = load_file(two_processes / f"{kind}-bf16-{name}.safetensors")
+    reference, plain = (weights(one_process[which, "bf16"]) for which in (name, plain_of(name)))
+    assert euclidean(found, reference) < 0.25 * euclidean(reference, plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_perturbation_has_norm_rho_on_every_engine(kind: str, precision: str, two_processes: Path) -> None:
     """On two shards a norm of local parts would make it ρ·√2."""
-    history = json.loads((two_processes / f"{kind}.json").read_text())["sam"]["history"]
+    history = json.loads((two_processes / f"{kind}-{precision}.json").read_text())["sam"]["history"]
     assert [entry["holdfast/sam/realised_rho"] for entry in history] == pytest.approx([0.5] * len(history), rel=1e-4)

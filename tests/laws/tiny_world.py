@@ -169,7 +169,15 @@ SGD_RUN: dict[str, Any] = {
         "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}),
     },
 }
-DISTRIBUTED: dict[str, Any] = {**SGD_RUN, "train_sampling_strategy": "sequential"}
+
+
+def train_distributed(folder: Path, methods: Any, on_text: bool, precision: str, **changes: Any) -> Any:
+    """A run that one process and two processes can share: rows in order, SGD; on text in TRL's trainer."""
+    settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "bf16": precision == "bf16", **changes}
+    if on_text:
+        optimizer = {"optimizer_cls_and_kwargs": SGD_RUN["extra"]["optimizer_cls_and_kwargs"]}
+        return train_text(folder, methods, extra=optimizer, **settings)
+    return train(folder, methods, **SGD_RUN, **settings)
 
 
 def losses(trainer: Any) -> list[float]:

@@ -13,6 +13,7 @@ from holdfast.files import digest, sha256_file, write_json
 from holdfast.method import Method
 from holdfast.methods.mixing import MODES, Mode, mix, wanted
 from holdfast.probe import evaluating, on_device
+from holdfast.tensors import as_dtensor, make_editable
 
 
 @dataclass
@@ -101,9 +102,14 @@ class PseudoRehearsal(Method):
         cache = getattr(memory, "cache", None)
         key = digest([fingerprint(model), self.max_new_tokens, self.temperature, self.batch, count, seed])
         stored = None if cache is None else Path(cache) / f"samples-{key}.json"
+        known = None
         if stored is not None and stored.is_file():
-            return list(json.loads(stored.read_text(encoding="utf-8")))
+            known = json.loads(stored.read_text(encoding="utf-8"))
+        known = from_first_rank(known)
+        if known is not None:
+            return list(known)
         texts = sample_texts(loaded(model), tokenizer, count, self.max_new_tokens, self.temperature, self.batch, seed)
+        texts = from_first_rank(texts)
         if stored is not None:
             write_json(stored, texts)
         return texts
@@ -139,6 +145,7 @@ def sample_texts(
                 use_cache=True,
             )
             texts += [text for text in tokenizer.batch_decode(made, skip_special_tokens=True) if text.strip()]
+    make_editable(model)  # FSDP2 leaves the weights of a forward without backward unsharded
     if len(texts) < count:
         raise UserError(f"pseudo_rehearsal: the base model gave only {len(texts)} non-empty texts of {count}.")
     return texts[:count]
@@ -153,6 +160,17 @@ def loaded(model: Any) -> Any:
     return on_device(AutoModelForCausalLM.from_pretrained(str(model)))
 
 
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value on every rank: GPUs that round differently would sample different texts."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def fingerprint(model: Any) -> str:
     """Content hash of a model's weights (an object or a folder)."""
     if isinstance(model, (str, Path)):
@@ -162,8 +180,9 @@ def fingerprint(model: Any) -> str:
 
     found = hashlib.sha256()
     for name, param in model.named_parameters():
+        whole = param.full_tensor() if as_dtensor(param) is not None else param
         found.update(name.encode())
-        found.update(param.detach().float().cpu().contiguous().numpy().tobytes())
+        found.update(whole.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
