@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
-from method_cases import ACTIVE, ON_TEXT
-from tiny_world import losses, tiny_llama, train_distributed, weights
+from method_cases import ACTIVE, LONGER, ON_TEXT
+from tiny_world import losses, same_bits, tiny_llama, train_distributed, weights, whole_and_resumed
 
 SPLIT = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
 
@@ -51,9 +52,24 @@ def run(kind: str, precision: str, out: Path, rank: int) -> None:
         (out / f"{run_name}.json").write_text(json.dumps(results))
 
 
+def resume(out: Path, rank: int) -> None:
+    """DDP, from a checkpoint at a random step; models sharded at load time can't be resumed by transformers."""
+    results = {}
+    for name, make in {**ACTIVE, **LONGER}.items():
+        if name not in ON_TEXT:
+            step = random.Random(name).randrange(1, 7)
+            whole, resumed = whole_and_resumed(
+                out / f"resume-{name}", make, step, gradient_accumulation_steps=1, ddp_find_unused_parameters=False
+            )
+            results[name] = same_bits(weights(whole), weights(resumed)) and losses(whole) == losses(resumed)
+    if rank == 0:
+        (out / "resume.json").write_text(json.dumps(results))
+
+
 if __name__ == "__main__":
     gc.freeze()
     torch.distributed.init_process_group("gloo")
     for kind, precision in itertools.product(("ddp", "fsdp2"), ("fp32", "bf16")):
         run(kind, precision, Path(sys.argv[1]), torch.distributed.get_rank())
+    resume(Path(sys.argv[1]), torch.distributed.get_rank())
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from method_cases import ACTIVE, ON_TEXT
+from method_cases import ACTIVE, LONGER, ON_TEXT
 from safetensors.torch import load_file
 from tiny_world import distance, euclidean, losses, tiny_llama, train_distributed, weights
 
@@ -83,6 +83,11 @@ def test_two_processes_act_as_one_under_bf16_autocast(
     found = load_file(two_processes / f"{kind}-bf16-{name}.safetensors")
     reference, plain = (weights(one_process[which, "bf16"]) for which in (name, plain_of(name)))
     assert euclidean(found, reference) < 0.25 * euclidean(reference, plain)
+
+
+@pytest.mark.parametrize("name", sorted({*ACTIVE, *LONGER} - ON_TEXT))
+def test_two_processes_resume_bit_for_bit(name: str, two_processes: Path) -> None:
+    assert json.loads((two_processes / "resume.json").read_text())[name]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -47,3 +47,9 @@ ACTIVE: dict[str, Callable[[], Method]] = {
     "general": lambda: General(source=str(_SOURCE), share=0.25),
     "pseudo_rehearsal": lambda: PseudoRehearsal(share=0.25, max_new_tokens=6),
 }
+LONGER: dict[str, Callable[[], Method]] = {  # settings with state that only some of their steps touch
+    "looksam": lambda: SAM(rho=0.5, every=3, reuse=0.7, mask=0.5, mask_every=2),
+    "random": lambda: SAM(rho=0.5, direction="random"),
+    "rolling": lambda: SFA(p=0.4, anchor="rolling", moments="scale"),
+    "continuous": lambda: SFA(p=0.4, mode="continuous"),
+}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import ACTIVE, ON_TEXT
-from tiny_world import Rows, distance, losses, same_bits, tiny_llama, train, weights
+from method_cases import ACTIVE, LONGER, ON_TEXT
+from tiny_world import distance, losses, same_bits, tiny_llama, train, weights, whole_and_resumed
 from torch import Tensor, nn
 
 from holdfast import SAM, SFA, Freeze, Method
@@ -19,35 +19,11 @@ from holdfast.errors import UserError
 from holdfast.method import Context, compose_gradient, compose_loss, describe, seams
 from holdfast.methods import METHODS
 
-TRAINED = sorted(set(METHODS) - ON_TEXT)
-LONGER: dict[str, Callable[[], Method]] = {  # settings with state that only some of their steps touch
-    "looksam": lambda: SAM(rho=0.5, every=3, reuse=0.7, mask=0.5, mask_every=2),
-    "random": lambda: SAM(rho=0.5, direction="random"),
-    "rolling": lambda: SFA(p=0.4, anchor="rolling", moments="scale"),
-    "continuous": lambda: SFA(p=0.4, mode="continuous"),
-}
 
-
-@pytest.mark.parametrize("name", [*TRAINED, *LONGER])
+@pytest.mark.parametrize("name", [*sorted(set(METHODS) - ON_TEXT), *LONGER])
 def test_resumed_run_equals_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
     """From a checkpoint at a random step, mid-interval of SFA included; the model given on resume is another one."""
-    make = {**ACTIVE, **LONGER}[name]
-    step = random.Random(name).randrange(1, 7)
-    run: dict[str, Any] = {
-        "save_strategy": "steps",
-        "save_steps": step,
-        "num_train_epochs": 2,
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2,
-        "extra": {"memory": {"past": Rows(6, seed=5)}},
-        "data": Rows(14),
-    }
-    whole = train(tmp_path, [make()], model=tiny_llama(dropout=0.1), **run)
-    other = tiny_llama(dropout=0.1)
-    with torch.no_grad():
-        for param in other.parameters():
-            param.mul_(0.5)
-    resumed = train(tmp_path, [make()], model=other, resume=str(tmp_path / f"checkpoint-{step}"), **run)
+    whole, resumed = whole_and_resumed(tmp_path, {**ACTIVE, **LONGER}[name], random.Random(name).randrange(1, 7))
     assert same_bits(weights(whole), weights(resumed))
     assert losses(whole) == losses(resumed)
 

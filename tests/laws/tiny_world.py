@@ -180,6 +180,25 @@ def train_distributed(folder: Path, methods: Any, on_text: bool, precision: str,
     return train(folder, methods, **SGD_RUN, **settings)
 
 
+def whole_and_resumed(folder: Path, make: Any, step: int, **changes: Any) -> tuple[Any, Any]:
+    """An uninterrupted run, and one from its checkpoint at ``step`` that is given a model with other weights."""
+    run: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": step,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "extra": {"memory": {"past": Rows(6, seed=5)}},
+        "data": Rows(14),
+    } | changes
+    whole = train(folder, [make()], model=tiny_llama(dropout=0.1), **run)
+    other = tiny_llama(dropout=0.1)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(0.5)
+    return whole, train(folder, [make()], model=other, resume=str(folder / f"checkpoint-{step}"), **run)
+
+
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
