@@ -1,14 +1,16 @@
 """What each method costs: step time and peak memory as a ratio to plain AdamW, measured side by side in one run.
 
     python benchmarks/cost.py --model lab                         # the embedded model, every method
-    python benchmarks/cost.py --model 100m --only plain sam sam-10 l2 sfa
+    python benchmarks/cost.py --model 100m --only sam sam-10 l2 sfa
     python benchmarks/cost.py --model lab --peer-python PEER/bin/python    # also pytorch_optimizer's SAM, if it has it
 
-Every training is a process of its own, so that peak memory is its own. All of a round take turns step by step, one
-computing at a time, so that what disturbs the machine for seconds disturbs all alike; a ratio is the median over rounds
-of (method / plain of the same round). ``--together`` limits how many models are in memory at once, each group beside a
-plain training of its own. ``--clock cpu`` counts processor time instead of wall time. The first steps are not counted.
-Prints a Markdown table.
+Each method has a process of its own, so that peak memory is its own. In it two trainings share one model and AdamW's
+moments and take turns step by step: transformers' plain Trainer, and the same with the method. Both work on the same
+memory at nearly the same time, so that what differs between two processes, or changes with time, cancels. The order in
+a pair of steps alternates. A ratio is the method's time over the plain Trainer's in the same process, the table's the
+median over rounds. The row ``plain`` is the control: the plain Trainer, and the same with an empty list of methods; how
+far it is from 1 is how little the others are to be trusted. ``--clock cpu`` counts processor time instead of wall time.
+The first steps are not counted. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+# One heap for the threads of a process, and memory once taken is kept: fresh pages cost up to half a second a step,
+# in some steps and not in others (for glibc; elsewhere without effect).
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 SIZES: dict[str, dict[str, int]] = {
     "100m": {"vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11},
     "tiny": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -65,6 +74,17 @@ def methods() -> dict[str, Callable[[], list[Any]]]:
     }
 
 
+def clock_of(given: argparse.Namespace) -> Callable[[], float]:
+    """Seconds until now, what the GPU has been given included."""
+    clock = CLOCKS[given.clock]
+
+    def after_gpu() -> float:
+        torch.cuda.synchronize()
+        return clock()
+
+    return clock if given.cpu else after_gpu
+
+
 def make_model(name: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     if name == "lab":
@@ -89,70 +109,111 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Turns(TrainerCallback):
-    """Computes one step at a time, when it is told to; times each from its begin to the next one's, waiting left out.
+    """Stops a training before each step until it is told to go on; times each step from its begin to the next one's.
 
-    So everything a step costs is in it, edits of weights included.
+    So everything a step costs is in it, edits of weights included, and waiting is not.
     """
 
-    def __init__(self, clock: Callable[[], float], turn: Any) -> None:
-        self.clock, self.turn = clock, turn
-        self.started: float | None = None
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._go, self._stopped = clock, threading.Semaphore(0), threading.Semaphore(0)
+        self._started: float | None = None
         self.seconds: list[float] = []
 
+    def start(self, trainer: Trainer, pool: ThreadPoolExecutor) -> Future[Any]:
+        """Let it set up; returns when it waits before its first step."""
+        training = pool.submit(self._train, trainer)
+        self._stopped.acquire()
+        return training
+
+    def step(self) -> None:
+        """Let it compute one step; returns when it waits before the next or has ended."""
+        self._go.release()
+        self._stopped.acquire()
+
+    def _train(self, trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the other training waits for a turn that would never come
+        self._stopped.release()
+
     def _stop(self) -> None:
-        if self.started is not None:
-            self.seconds.append(self.clock() - self.started)
+        if self._started is not None:
+            self.seconds.append(self._clock() - self._started)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._stop()
-        self.turn.send(None)
-        self.turn.recv()
-        self.started = self.clock()
+        self._stopped.release()
+        self._go.acquire()
+        self._started = self._clock()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._stop()
 
 
-def measure(label: str, given: argparse.Namespace, anchor: str, turn: Any) -> None:
-    """One training run in a process of its own; sends seconds per step and peak memory."""
+def measure(label: str, given: argparse.Namespace, anchor: str, answer: Any) -> None:
+    """A method and the plain Trainer on the same weights, in turns; sends seconds a step of both and peak memory."""
     from holdfast import with_methods
 
+    torch.set_num_threads(given.threads)
     model = make_model(given.model)
     vocabulary = model.config.vocab_size
-    turns = Turns(CLOCKS[given.clock], turn)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = with_methods(Trainer)(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=given.steps + given.warm,
-                per_device_train_batch_size=given.batch,
-                gradient_accumulation_steps=given.accumulation,
-                learning_rate=1e-5,
-                logging_steps=given.steps,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=given.cpu,
-            ),
-            train_dataset=Rows((given.steps + given.warm) * given.batch * given.accumulation, given.length, vocabulary),
-            methods=methods()[label](),
-            memory={"past": Rows(64, given.length, vocabulary)},
-            anchor=anchor,
-            callbacks=[turns],
+    count = given.steps + given.warm
+    train_dataset = Rows(count * given.batch * given.accumulation, given.length, vocabulary)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=count,
+            per_device_train_batch_size=given.batch,
+            gradient_accumulation_steps=given.accumulation,
+            learning_rate=1e-5,
+            logging_steps=given.steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=given.cpu,
         )
-        trainer.train()
+        turns = [Turns(clock_of(given)), Turns(clock_of(given))]
+        trainers = [
+            Trainer(model=model, args=args, train_dataset=train_dataset, callbacks=turns[:1]),
+            with_methods(Trainer)(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                methods=methods()[label](),
+                memory={"past": Rows(64, given.length, vocabulary)},
+                anchor=anchor,
+                callbacks=turns[1:],
+            ),
+        ]
+        trainings = [turn.start(trainer, pool) for turn, trainer in zip(turns, trainers, strict=True)]
+        share_moments(*trainers)
+        for number in range(count):
+            for turn in turns if number % 2 == 0 else turns[::-1]:
+                turn.step()
+        for training in trainings:
+            training.result()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available() and not given.cpu:
         peak = torch.cuda.max_memory_allocated()
-    turn.send({"seconds": statistics.fmean(turns.seconds[given.warm :]), "peak": peak})
+    plain, own = (statistics.fmean(turn.seconds[given.warm :]) for turn in turns)
+    answer.send({"seconds": own, "plain_seconds": plain, "peak": peak})
+
+
+def share_moments(plain: Trainer, other: Trainer) -> None:
+    """Both optimizers, which have not stepped yet, keep one state: the moments of the weights that both train."""
+    optimizers: list[Any] = [plain.optimizer, other.optimizer]
+    of_plain, of_other = (getattr(each, "optimizer", each) for each in optimizers)
+    assert not of_plain.state and not of_other.state
+    of_plain.state = of_other.state
 
 
 def peer_sam(given: argparse.Namespace) -> None:
     """AdamW and pytorch_optimizer's SAM around AdamW on the same model, a step each; run by the peer's Python."""
     from pytorch_optimizer import SAM
 
-    clock, ratios = CLOCKS[given.clock], []
+    clock, ratios = clock_of(given), []
     for _ in range(given.rounds):
         models = {kind: make_model(given.model) for kind in ("adamw", "sam")}
         optimizers: dict[str, Any] = {
@@ -179,31 +240,19 @@ def peer_sam(given: argparse.Namespace) -> None:
     print(json.dumps({"ratios": ratios}))
 
 
-def run(labels: list[str], given: argparse.Namespace, anchor: str) -> dict[str, dict[str, float]]:
-    """One round of some methods: each in a process of its own, a step of one after a step of the other."""
-    context = multiprocessing.get_context("fork")
-    turns, processes = {}, []
-    for label in labels:
-        turns[label], other = context.Pipe()
-        processes.append(context.Process(target=measure, args=(label, given, anchor, other), daemon=True))
-        processes[-1].start()
-        other.close()
-    answers = {label: receive(turns[label], label) for label in labels}  # all have set up and wait
-    while any(answer is None for answer in answers.values()):
-        for label in labels:
-            turns[label].send(None)
-            answers[label] = receive(turns[label], label)
-    for process in processes:
-        process.join()
-    return answers
-
-
-def receive(turn: Any, label: str) -> Any:
-    """None from a training that waits for its turn, its figures from one that is done."""
+def run(label: str, given: argparse.Namespace, anchor: str) -> dict[str, float]:
+    """One round of one method, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    mine, other = context.Pipe()
+    process = context.Process(target=measure, args=(label, given, anchor, other), daemon=True)
+    process.start()
+    other.close()
     try:
-        return turn.recv()
+        return mine.recv()
     except EOFError:
         sys.exit(f"{label}: the training failed")
+    finally:
+        process.join()
 
 
 def table(results: dict[str, list[dict[str, float]]], weight_bytes: float) -> str:
@@ -233,9 +282,8 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=20, help="counted steps; a multiple of 10 counts cheap forms right"
     )
-    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=3, help="first steps, not counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--together", type=int, default=6, help="trainings in memory at once, at least 2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -253,19 +301,22 @@ def main() -> None:
     if given.as_peer:
         peer_sam(given)
         return
-    labels = [label for label in methods() if label != "plain" and (not given.only or label in given.only)]
-    groups = [labels[i : i + given.together - 1] for i in range(0, len(labels), given.together - 1)] or [[]]
-    results: dict[str, list[dict[str, float]]] = {label: [] for label in ["plain", *labels]}
+    os.environ |= MALLOC | {"OMP_NUM_THREADS": str(given.threads)}
+    if unknown := set(given.only or ()) - set(methods()):
+        sys.exit(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(methods())}")
+    labels = ["plain", *(label for label in methods() if label != "plain" and (not given.only or label in given.only))]
+    results: dict[str, list[dict[str, float]]] = {label: [] for label in labels}
     with tempfile.TemporaryDirectory() as anchor:
         model = make_model(given.model)
         weight_bytes = sum(param.numel() * param.element_size() for param in model.parameters())
         model.save_pretrained(anchor)
         del model
-        for number, group in itertools.product(range(given.rounds), groups):
-            found = run(["plain", *group], given, anchor)
-            for label, figures in found.items():
-                print(f"round {number + 1}: {label} {figures['seconds']:.3f} s", file=sys.stderr)
-                results[label].append(figures | {f"plain_{name}": value for name, value in found["plain"].items()})
+        for number, label in itertools.product(range(given.rounds), labels):
+            found = run(label, given, anchor)
+            control = found if label == "plain" else results["plain"][-1]
+            results[label].append(found | {"plain_peak": control["peak"]})
+            seconds = f"{label} {found['seconds']:.3f} s, plain {found['plain_seconds']:.3f} s"
+            print(f"round {number + 1}: {seconds}", file=sys.stderr)
     print(f"model {given.model}: {weight_bytes / 4e6:.1f} M parameters, fp32, {given.batch} x {given.length} tokens")
     print(f"{given.rounds} rounds of {given.steps} steps, {given.clock} clock, {given.threads} thread(s), ", end="")
     print(f"torch {torch.__version__}, {platform.machine()}\n\n{table(results, weight_bytes)}")
