@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "laws"))
-from method_cases import ACTIVE, LONGER, ON_TEXT
+from method_cases import ACTIVE, LONGER, ON_TEXT, RUNS
 from tiny_world import losses, same_bits, tiny_llama, train_distributed, weights, whole_and_resumed
 
 SPLIT = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
@@ -33,15 +33,9 @@ def model(kind: str, start: Path) -> Any:
 
 def run(kind: str, precision: str, out: Path, rank: int) -> None:
     run_name, results = f"{kind}-{precision}", {}
-    for name in ["plain", "plain text", *sorted(ACTIVE)]:
-        methods = [] if name.startswith("plain") else [ACTIVE[name]()]
+    for name, (methods, on_text) in RUNS.items():
         trainer = train_distributed(
-            out / f"{run_name}-{name}",
-            methods,
-            name in {"plain text", *ON_TEXT},
-            precision,
-            model=model(kind, out / "start"),
-            **SPLIT,
+            out / f"{run_name}-{name}", methods(), on_text, precision, model=model(kind, out / "start"), **SPLIT
         )
         final = {key: value.contiguous() for key, value in weights(trainer).items()}
         if rank == 0:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from method_cases import ACTIVE, LONGER, ON_TEXT
+from method_cases import ACTIVE, LONGER, ON_TEXT, RUNS
 from safetensors.torch import load_file
 from tiny_world import distance, euclidean, losses, tiny_llama, train_distributed, weights
 
 pytestmark = pytest.mark.distributed
-RUNS = ["plain", "plain text", *sorted(ACTIVE)]
 
 
 def plain_of(name: str) -> str:
@@ -26,14 +25,9 @@ def plain_of(name: str) -> str:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     folder, found = tmp_path_factory.mktemp("one"), {}
-    for name, precision in itertools.product(RUNS, ("fp32", "bf16")):
-        methods = [] if name.startswith("plain") else [ACTIVE[name]()]
+    for (name, (methods, on_text)), precision in itertools.product(RUNS.items(), ("fp32", "bf16")):
         found[name, precision] = train_distributed(
-            folder / f"{name}-{precision}",
-            methods,
-            name in {"plain text", *ON_TEXT},
-            precision,
-            per_device_train_batch_size=4,
+            folder / f"{name}-{precision}", methods(), on_text, precision, per_device_train_batch_size=4
         )
     return found
 
@@ -70,7 +64,7 @@ def test_two_processes_equal_one(
         for key, value in here.items():
             if key.startswith("holdfast/") or key == "grad_norm":
                 assert there[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-    if not name.startswith("plain"):
+    if name in ACTIVE:
         assert distance(weights(reference), weights(one_process[plain_of(name), "fp32"])) > 1e-3
 
 

@@ -53,3 +53,11 @@ LONGER: dict[str, Callable[[], Method]] = {  # settings with state that only som
     "rolling": lambda: SFA(p=0.4, anchor="rolling", moments="scale"),
     "continuous": lambda: SFA(p=0.4, mode="continuous"),
 }
+
+
+# Runs with each of them, and without any: (methods, in TRL's trainer on text).
+RUNS: dict[str, tuple[Callable[[], list[Method]], bool]] = {
+    "plain": (list, False),
+    "plain text": (list, True),
+    **{name: ((lambda make=make: [make()]), name in ON_TEXT) for name, make in sorted(ACTIVE.items())},
+}
