@@ -48,7 +48,8 @@ class SAM(Method):
     - ``stochastic_rounding``: allows weights stored in bf16; the perturbation is then right on average.
 
     Cost: two gradients a step (1 + 1/k with ``every``) and one transient (sharded) copy of the weights in scope; with
-    ``reuse`` one copy that stays, with ``mask`` one bit a weight. UserError for weights stored in fp16 or bf16.
+    ``reuse`` one copy that stays and one during a perturbed step, with ``mask`` one byte a weight. UserError for
+    weights stored in fp16 or bf16.
     """
 
     rho: float = 0.05
@@ -223,13 +224,14 @@ class SAM(Method):
 
     @torch.no_grad()
     def _remember_sharp(self, moved: dict[str, nn.Parameter], plain: list[Tensor]) -> None:
-        """g_v = g_s − (g_s·g/‖g‖²)·g"""
+        """g_v = g_s − (g_s·g/‖g‖²)·g, written over ``plain``"""
         weights = [param for param in moved.values() if param.grad is not None]
-        sharp = copies(gradients(weights))
+        sharp = locals_(gradients(weights))
         square = dot(plain, plain, like=weights)
         share = float(dot(sharp, plain, like=weights) / square) if square > 0 else 0.0
-        torch._foreach_sub_(sharp, torch._foreach_mul(plain, share))
-        self._sharp = dict(zip(moved, sharp, strict=True))
+        torch._foreach_mul_(plain, -share)
+        torch._foreach_add_(plain, sharp)
+        self._sharp = dict(zip(moved, plain, strict=True))
 
     @torch.no_grad()
     def _add_sharp(self, inside: Params) -> None:
@@ -240,7 +242,7 @@ class SAM(Method):
         if length > 0:
             found = gradients(moved.values())
             factor = self.reuse * float(norm(found)) / length
-            torch._foreach_add_(locals_(found), torch._foreach_mul(direction, factor))
+            torch._foreach_add_(locals_(found), direction, alpha=factor)
 
 
 def _finite(loss: Tensor | None) -> bool:
