@@ -27,7 +27,6 @@ class Window:
     batches: list[Any]
     seen: int = 0  # micro-batches the Trainer has handed out
     before: list[Any] = field(default_factory=list)  # random state before each micro-batch of the first pass
-    after: list[Any] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)  # of the first pass
 
     @property
@@ -39,7 +38,7 @@ class WindowGradient:
     """The innermost ``grad``: leaves the gradient of the window's mean loss in ``p.grad`` and returns that loss.
 
     The first pass over a micro-batch is the one that is recorded; every further pass is a replay with the same random
-    numbers, after which the random state is what it was after the first.
+    numbers, after which the random state is what it was before the replay.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class WindowGradient:
         if index == len(window.losses):
             window.before.append(rng_state(self._device))
             window.losses.append(self._run(window.batches[index], exchange))
-            window.after.append(rng_state(self._device))
             return window.losses[-1]
+        now = rng_state(self._device)
         set_rng_state(window.before[index], self._device)
         with self._unrecorded():
             loss = self._run(window.batches[index], exchange)
-        set_rng_state(window.after[index], self._device)
+        set_rng_state(now, self._device)
         return loss
 
 
