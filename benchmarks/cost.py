@@ -49,7 +49,8 @@ SIZES: dict[str, dict[str, int]] = {
     "100m": {"vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11},
     "tiny": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
 }
-LAB_WINDOW, WINDOW = ({"batch": 32, "length": 64, "accumulation": 1}, {"batch": 4, "length": 256, "accumulation": 4})
+LAB_WINDOW = {"batch": 32, "length": 64, "accumulation": 1}
+WINDOW = {"batch": 4, "length": 256, "accumulation": 4}
 
 
 def methods() -> dict[str, Callable[[], list[Any]]]:
@@ -330,12 +331,13 @@ def main() -> None:
     print(f"{given.rounds} rounds of {given.steps} steps, {given.clock} clock, {given.threads} thread(s), ", end="")
     print(f"torch {torch.__version__}, {platform.machine()}\n\n{table(results, weight_bytes)}")
     if given.peer_python:
-        passed = ["--model", given.model, "--steps", given.steps, "--rounds", given.rounds, "--batch", given.batch]
-        passed += ["--length", given.length, "--threads", given.threads, "--clock", given.clock]
+        names = ("model", "steps", "warm", "rounds", "batch", "length", "threads", "clock")
+        passed = [part for name in names for part in (f"--{name}", getattr(given, name))]
         command = [given.peer_python, Path(__file__).resolve(), "--as-peer", *passed]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"\npytorch_optimizer SAM / AdamW (bare loops): {spread(found['ratios'])}")
+        window = f"{given.batch} x {given.length} tokens"
+        print(f"\npytorch_optimizer SAM / AdamW (bare loops, {window}): {spread(found['ratios'])}")
 
 
 if __name__ == "__main__":
